@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed under which name, and how `deploy/serve.py` treats mistakes."""
+
+import importlib
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import vllm_lowbit
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "models" / "ref-7m"
+SERVE = ROOT / "deploy" / "serve.py"
+
+
+def serve(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the launcher from outside of the checkout."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    return subprocess.run(
+        [sys.executable, str(SERVE), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+        env={**clean, **environment},
+    )
+
+
+def planned(*args: object, **environment: str) -> list[str]:
+    """The words of the command the launcher would run."""
+    result = serve(*args, "--dry-run", "--port", free_port(), **environment)
+    assert result.returncode == 0, result.stderr
+    return shlex.split(result.stdout)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("vllm.general_plugins", "lowbit", "vllm_lowbit:register"),
+        (
+            "vllm.stat_logger_plugins",
+            "lowbit",
+            "vllm_lowbit.metrics:LowbitStatLogger",
+        ),
+        ("console_scripts", "vllm-lowbit", "vllm_lowbit.cli:app"),
+    ],
+)
+def test_entry_point(group: str, name: str, value: str) -> None:
+    found = metadata.distribution("vllm-lowbit").entry_points.select(group=group)
+    assert [(e.name, e.value) for e in found] == [(name, value)]
+    assert callable(found[name].load())
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert vllm_lowbit.__version__ == metadata.version("vllm-lowbit")
+
+
+@pytest.mark.parametrize("name", ["kernels", "calibrate"])
+def test_top_level_folder_is_a_subpackage(name: str) -> None:
+    module = importlib.import_module(f"vllm_lowbit.{name}")
+    assert Path(str(module.__file__)).parts[-2:] == (name, "__init__.py")
+
+
+def test_kernels_does_not_pose_as_the_hub_package() -> None:
+    """`kernels` at the top level would be imported by transformers as its own."""
+    code = "import importlib.util; print(importlib.util.find_spec('kernels'))"
+    found = subprocess.check_output([sys.executable, "-c", code], cwd="/", text=True)
+    assert str(ROOT) not in found
+    assert str(ROOT) not in sys.path
+
+
+def test_import_loads_no_framework() -> None:
+    """vLLM swallows what an import of a plugin raises: keep the import trivial."""
+    code = (
+        "import sys, vllm_lowbit\n"
+        "print({'torch', 'triton', 'vllm', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    found = subprocess.check_output([sys.executable, "-c", code], cwd="/", text=True)
+    assert found.strip() == "set()"
+
+
+def test_every_source_folder_reaches_the_wheel() -> None:
+    """Each folder with modules is a package by itself; a missing __init__.py would
+    leave it out of the wheel while an editable install still finds it."""
+    for name in ("vllm_lowbit", "kernels", "calibrate"):
+        for source in (ROOT / name).rglob("*.py"):
+            assert (source.parent / "__init__.py").exists(), source
+
+
+class TestServe:
+    def test_plain_model_gets_the_flag(self) -> None:
+        command = planned(MODEL, "--max-model-len", "512")
+        assert [Path(w).name for w in command if Path(w).name == "vllm"] == ["vllm"]
+        assert command[command.index("--quantization") + 1] == "lowbit"
+        assert command[command.index("--host") + 1] == "127.0.0.1"
+        assert command[-2:] == ["--max-model-len", "512"]
+
+    def test_quantized_model_decides_for_itself(self, tmp_path: Path) -> None:
+        config = {"quantization_config": {"quant_method": "lowbit"}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert "--quantization" not in planned(tmp_path)
+
+    def test_options_of_the_caller_win(self) -> None:
+        command = planned("org/name", "--quantization=fp8", "--host", "0.0.0.0")
+        assert "lowbit" not in command
+        assert command.count("--host") == 1
+
+    @pytest.mark.skipif(
+        not metadata.version("vllm").endswith("+cpu"), reason="CPU build only"
+    )
+    def test_cpu_build_uses_every_core_and_bounds_the_cache(self) -> None:
+        command = planned(MODEL)
+        name, _, cores = command[0].partition("=")
+        assert name == "VLLM_CPU_OMP_THREADS_BIND"
+        spans = [span.split("-") for span in cores.split(",")]
+        used = {c for s in spans for c in range(int(s[0]), int(s[-1]) + 1)}
+        assert used == os.sched_getaffinity(0)
+        assert "--kv-cache-memory-bytes" in command
+        assert "=" not in planned(MODEL, VLLM_CPU_OMP_THREADS_BIND="nobind")[0]
+        assert "=" not in planned(MODEL, "-tp", "2")[0]
+
+    @pytest.mark.parametrize("model", ["./missing", "../missing", "/no/such/model"])
+    def test_missing_model(self, model: str) -> None:
+        result = serve(model, "--port", free_port())
+        assert result.returncode == 2
+        assert f"model directory '{model}' does not exist" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (None, "has no config.json"),
+            ("{", "is not a JSON object"),
+            ("3", "is not a JSON object"),
+        ],
+    )
+    def test_bad_model(self, tmp_path: Path, config: str | None, message: str) -> None:
+        if config is not None:
+            (tmp_path / "config.json").write_text(config)
+        result = serve(tmp_path, "--port", free_port())
+        assert result.returncode == 2
+        assert message in result.stderr
+
+    def test_port_in_use(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            result = serve(MODEL, "--port", port)
+        assert result.returncode == 2
+        assert f"cannot listen on 127.0.0.1:{port}: Address already" in result.stderr
+
+    @pytest.mark.parametrize("port", ["0", "65536", "http"])
+    def test_impossible_port(self, port: str) -> None:
+        result = serve(MODEL, "--port", port)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert port in result.stderr
