@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs each operator: the one table, and the choice made from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .kv4_store.layout import HEAD_DIMS
+from .packing import PACKABLE_BITS
+
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one operator.
+
+    Attributes:
+        operator: name of the operator, a folder of this package.
+        backend: ``generic`` (plain torch).
+        devices: torch device types it runs on.
+        refuse: says why it cannot run a case, or None when it can.
+    """
+
+    operator: str
+    backend: str
+    devices: tuple[str, ...]
+    refuse: Callable[[Case], str | None]
+
+    def reason_against(self, device: str, case: Case) -> str | None:
+        """Why this row is out for a case on a device type, or None."""
+        if device not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {device}"
+        return self.refuse(case)
+
+
+def _any(case: Case) -> None:
+    return None
+
+
+def _weight_bits(case: Case) -> str | None:
+    bits = case.get("weight_bits", 4)
+    if bits in PACKABLE_BITS:
+        return None
+    return f"weight_bits must be one of {PACKABLE_BITS}, got {bits}"
+
+
+def _integer_bits(case: Case) -> str | None:
+    bits = case.get("activation_bits", 4)
+    if not 2 <= bits <= 8:
+        return f"activation_bits must be 2 to 8, got {bits}"
+    return _weight_bits(case)
+
+
+def _head_dim(case: Case) -> str | None:
+    head_dim = case.get("head_dim", 128)
+    if head_dim in HEAD_DIMS:
+        return None
+    return f"head_dim must be one of {HEAD_DIMS}, got {head_dim}"
+
+
+# In order of preference: the first row that does not refuse is taken.
+TABLE: tuple[Row, ...] = (
+    Row("hadamard", "generic", ("cpu",), _any),
+    Row("hadamard_quantize", "generic", ("cpu",), _integer_bits),
+    Row("linear_w4a4", "generic", ("cpu",), _integer_bits),
+    Row("linear_wna16", "generic", ("cpu",), _weight_bits),
+    Row("linear_tiled", "generic", ("cpu",), _any),
+    Row("kv4_store", "generic", ("cpu",), _head_dim),
+    Row("kv4_attention", "generic", ("cpu",), _head_dim),
+)
+OPERATORS = tuple(dict.fromkeys(row.operator for row in TABLE))
+
+
+def select(operator: str, device: str, **case: Any) -> Row:
+    """The row that runs an operator.
+
+    Args:
+        operator: one of OPERATORS.
+        device: torch device type, ``cpu`` or ``cuda``.
+        case: what the layer needs (``weight_bits``, ``activation_bits``,
+            ``head_dim``).
+
+    Raises:
+        ValueError: when no backend runs the case; the message gives each reason.
+    """
+    reasons = []
+    for row in TABLE:
+        if row.operator == operator:
+            reason = row.reason_against(device, case)
+            if reason is None:
+                return row
+            reasons.append(f"{row.backend}: {reason}")
+    raise ValueError(
+        f"no backend runs {operator} on {device}: "
+        + ("; ".join(reasons) or f"unknown operator, known: {', '.join(OPERATORS)}")
+    )

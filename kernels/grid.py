@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The integer grids: the one definition of rounding, scales and codes.
+
+Calibration, the references and every backend follow this file.
+
+* Rounding is to nearest, ties to even.
+* A scale is computed in float32, rounded to the type it is stored in, and only
+  then used: ``inverse = 1 / scale`` (one IEEE division), ``code =
+  round(x * inverse)``. Multiplication, addition of the zero point and rounding
+  are separate IEEE operations (no fused multiply-add).
+* Symmetric codes lie in ``[-(2^(b-1)-1), 2^(b-1)-1]``; ``full_range`` admits
+  ``-2^(b-1)`` for imported checkpoints. Affine codes are ``u - 2^(b-1)`` with
+  ``u`` in ``[0, 2^b-1]``, so that both kinds fit int8; the integer zero point is
+  shifted alike and ``x = scale * (code - zero_point)`` holds for both.
+* A range always includes zero (affine), so the zero point is a code.
+* Degenerate rows: all zero (or every magnitude below ``2^-100``) gives scale 1
+  and the codes of zero; a constant row ``c`` gives scale ``|c|`` and is exact.
+* A row with an Inf or NaN gets scale NaN and codes 0: it stays visible in the
+  output instead of turning into a plausible number.
+
+KV cache entries (``kv_*``) are unsigned codes in [0, 15] with an fp16 scale and an
+fp16 zero that need not be an integer, ``x = scale * (u - zero)``. Their scale is
+clamped to ``[2^-24, 65504]`` (larger finite values are clipped) and is at least
+``max|x| / 1024``, which keeps ``|zero|`` within what fp16 resolves to half a code.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+TINY = 2.0**-100
+KV_BITS = 4
+KV_LEVELS = 2**KV_BITS - 1
+KV_SCALE_MIN = 2.0**-24
+KV_SCALE_MAX = 65504.0
+KV_MAX_ZERO = 1024.0
+
+
+@dataclass(frozen=True)
+class IntGrid:
+    """A grid of at most 8 bits whose codes are held in int8.
+
+    Args:
+        bits: code width, 2 to 8.
+        symmetric: codes around zero; otherwise affine with an integer zero point.
+        full_range: symmetric only, also use the code ``-2^(bits-1)``.
+
+    Raises:
+        ValueError: for a width outside 2..8, or full_range on an affine grid.
+    """
+
+    bits: int
+    symmetric: bool = True
+    full_range: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, got {self.bits}")
+        if self.full_range and not self.symmetric:
+            raise ValueError("full_range applies to symmetric grids only")
+
+    @property
+    def code_min(self) -> int:
+        low = -(1 << (self.bits - 1))
+        return low + 1 if self.symmetric and not self.full_range else low
+
+    @property
+    def code_max(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def offset(self) -> int:
+        """What is added to a code to get the unsigned field that is packed."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def max_difference(self) -> int:
+        """Largest ``|code - zero_point|``: bounds integer accumulators."""
+        if self.symmetric:
+            return max(-self.code_min, self.code_max)
+        return self.code_max - self.code_min
+
+    def parameters(
+        self, x: torch.Tensor, clip_ratio: torch.Tensor | float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of every row.
+
+        Args:
+            x: ``[..., n]``, any float dtype; a row is the last dimension.
+            clip_ratio: fraction of the range that is kept, a float or
+                ``[..., 1]``.
+
+        Returns:
+            scale float32 ``[..., 1]`` and zero_point int32 ``[..., 1]``.
+        """
+        low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
+        peak = torch.maximum(high, -low)
+        if self.symmetric:
+            scale = peak * clip_ratio / self.code_max
+        else:
+            low_, high_ = low.clamp(max=0.0), high.clamp(min=0.0)
+            scale = (high_ - low_) * clip_ratio / (self.code_max - self.code_min)
+        scale = _settle(scale, low, high, peak)
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        if not self.symmetric:
+            steps = torch.round(low_ * clip_ratio * (1.0 / scale)).nan_to_num()
+            zero_point = self.code_min - steps.to(torch.int32)
+        return scale, zero_point
+
+    def encode(
+        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+    ) -> torch.Tensor:
+        """Codes (int8, shape of x) on this grid; non-finite rows become 0."""
+        steps = torch.round(x.float() * (1.0 / scale)) + zero_point
+        codes = steps.clamp_(self.code_min, self.code_max)
+        return codes.nan_to_num_(0.0).to(torch.int8)
+
+    def quantize(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, scale and zero point of every row (last dimension) of x."""
+        scale, zero_point = self.parameters(x)
+        return self.encode(x, scale, zero_point), scale, zero_point
+
+
+def decode(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+) -> torch.Tensor:
+    """``scale * (code - zero_point)`` in float32."""
+    return (codes.to(torch.int32) - zero_point).float() * scale
+
+
+def _settle(
+    scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor, peak: torch.Tensor
+) -> torch.Tensor:
+    """Replace the scale of constant, all-zero and non-finite rows."""
+    scale = torch.where(low == high, peak, scale)
+    scale = torch.where(peak < TINY, 1.0, scale)
+    return torch.where(torch.isfinite(scale), scale, torch.nan)
+
+
+def kv_parameters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp16 scale and zero of KV rows.
+
+    Args:
+        x: ``[..., head_dim]``, any float dtype.
+
+    Returns:
+        scale and zero, float16, ``[..., 1]``.
+    """
+    low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
+    peak = torch.maximum(high, -low)
+    scale = torch.maximum((high - low) / KV_LEVELS, peak / KV_MAX_ZERO)
+    scale = _settle(scale, low, high, peak)
+    scale = scale.clamp(KV_SCALE_MIN, KV_SCALE_MAX).half()
+    zero = -low * (1.0 / scale.float())
+    zero = torch.where(peak < TINY, 0.0, zero)
+    return scale, zero.clamp(-KV_SCALE_MAX, KV_SCALE_MAX).half()
+
+
+def kv_encode(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
+    """Unsigned codes in [0, 15] as uint8, with the rounded scale and zero."""
+    steps = x.float() * (1.0 / scale.float()) + zero.float()
+    codes = torch.round(steps).clamp_(0, KV_LEVELS)
+    return codes.nan_to_num_(0.0).to(torch.uint8)
+
+
+def kv_decode(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
+    """``scale * (u - zero)`` in float32."""
+    return (codes.float() - zero.float()) * scale.float()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration of the operators with torch.library: schema, kernel, fake.
+
+Ops are opaque to torch.compile. Importing this module registers
+``torch.ops.lowbit.*`` once per process; the functions behind them document the
+arguments.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .hadamard.generic import hadamard
+from .hadamard_quantize.reference import hadamard_quantize
+from .kv4_attention.generic import kv4_attention
+from .kv4_store.generic import kv4_store
+from .linear_w4a4.generic import linear_w4a4
+from .linear_wna16.generic import linear_wna16
+
+LIBRARY = torch.library.Library("lowbit", "DEF")
+
+
+def _register(
+    signature: str, kernel: Callable[..., object], fake: Callable[..., object]
+) -> None:
+    name = signature.partition("(")[0]
+    LIBRARY.define(signature)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowbit::{name}", fake, lib=LIBRARY)
+
+
+def _linear_out(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype):
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+_register(
+    "hadamard(Tensor x, int order, int stride) -> Tensor",
+    hadamard,
+    lambda x, order, stride: torch.empty_like(x, dtype=torch.float32),
+)
+_register(
+    "hadamard_quantize(Tensor x, int order, int stride, int bits, bool symmetric)"
+    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    hadamard_quantize,
+    lambda x, order, stride, bits, symmetric: (
+        torch.empty_like(x, dtype=torch.int8),
+        x.new_empty((x.shape[0], 1), dtype=torch.float32),
+        x.new_empty((x.shape[0], 1), dtype=torch.int32),
+    ),
+)
+_register(
+    "linear_w4a4(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight,"
+    " Tensor weight_scale, Tensor? bias, int code_max, int weight_max,"
+    " ScalarType out_dtype) -> Tensor",
+    linear_w4a4,
+    lambda codes, scale, zero_point, weight, *rest: _linear_out(
+        codes, weight, rest[-1]
+    ),
+)
+_register(
+    "linear_wna16(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias,"
+    " int weight_max, ScalarType out_dtype) -> Tensor",
+    linear_wna16,
+    lambda x, weight, weight_scale, bias, weight_max, out_dtype: _linear_out(
+        x, weight, out_dtype
+    ),
+)
+_register(
+    "kv4_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping,"
+    " bool rotate_key) -> ()",
+    kv4_store,
+    lambda key, value, kv_cache, slot_mapping, rotate_key: None,
+)
+_register(
+    "kv4_attention(Tensor query, Tensor kv_cache, Tensor block_table,"
+    " Tensor query_start_loc, Tensor seq_lens, float softmax_scale,"
+    " int? sliding_window, float? logits_soft_cap, bool rotate_query) -> Tensor",
+    kv4_attention,
+    lambda query, *arguments: torch.empty_like(query),
+)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this package knows of a model: sizes, tensors and where rotations go.
+
+Reads config.json; does not need vLLM.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UnsupportedError
+from .kernels.hadamard.matrices import exists, largest_order
+from .schema import Rotation, Rotations, Scheme
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+MIN_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """Sizes of a Llama-architecture model, in elements."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str) -> "LlamaShape":
+        """Read the sizes from a Hugging Face config.
+
+        Args:
+            config: config.json as a mapping.
+            source: file named in errors.
+
+        Raises:
+            UnsupportedError: for another architecture, or sizes that cannot be.
+        """
+        architectures = config.get("architectures") or []
+        if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
+            raise UnsupportedError(
+                f"{source}: architecture {', '.join(map(str, architectures))!r} is not "
+                f"supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+
+        def size(key: str, default: int | None = None) -> int:
+            value = config.get(key)
+            value = default if value is None else value
+            if type(value) is not int or not 0 < value <= 1 << 24:
+                raise UnsupportedError(
+                    f"{source}: {key} must be an integer from 1 to {1 << 24}, got "
+                    f"{value!r}"
+                )
+            return value
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise UnsupportedError(
+                f"{source}: num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {kv_heads}"
+            )
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=size("intermediate_size"),
+            num_layers=size("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=size("head_dim", hidden // heads),
+            vocab_size=size("vocab_size"),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor a checkpoint of this model must hold."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        linears = {
+            "self_attn.q_proj": (q, hidden, self.attention_bias),
+            "self_attn.k_proj": (kv, hidden, self.attention_bias),
+            "self_attn.v_proj": (kv, hidden, self.attention_bias),
+            "self_attn.o_proj": (hidden, q, self.attention_bias),
+            "mlp.gate_proj": (intermediate, hidden, self.mlp_bias),
+            "mlp.up_proj": (intermediate, hidden, self.mlp_bias),
+            "mlp.down_proj": (hidden, intermediate, self.mlp_bias),
+        }
+        names: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden),
+            "model.norm.weight": (hidden,),
+        }
+        if not self.tie_word_embeddings:
+            names["lm_head.weight"] = (self.vocab_size, hidden)
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            names[prefix + "input_layernorm.weight"] = (hidden,)
+            names[prefix + "post_attention_layernorm.weight"] = (hidden,)
+            for name, (n, k, bias) in linears.items():
+                names[f"{prefix}{name}.weight"] = (n, k)
+                if bias:
+                    names[f"{prefix}{name}.bias"] = (n,)
+        return names
+
+
+def check_scheme(shape: LlamaShape, scheme: Scheme, source: str) -> None:
+    """Raise UnsupportedError where the scheme does not fit the model's sizes."""
+    group_size = scheme.weights.group_size
+    if not exists(shape.head_dim):
+        raise UnsupportedError(
+            f"{source}: head_dim {shape.head_dim} has no Hadamard matrix"
+        )
+    inputs = {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads * head_dim": shape.num_heads * shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+    }
+    for name, size in inputs.items():
+        if group_size is not None and size % group_size:
+            raise UnsupportedError(
+                f"{source}: group_size {group_size} does not divide {name} {size}"
+            )
+
+
+def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotations:
+    """The rotations of a plain checkpoint quantized while loading.
+
+    Every linear gets an online Hadamard on its input. Those of o_proj and down_proj
+    stay inside one of T blocks, T being 8 or the largest divisor of it that leaves a
+    Hadamard order, so that any tensor parallel size that divides T computes the same
+    function.
+
+    Args:
+        shape: sizes of the model.
+        scheme: what is quantized; keys are rotated for a quantized cache only.
+        source: file named in errors.
+
+    Raises:
+        UnsupportedError: when no Hadamard block of at least MIN_BLOCK elements
+            divides a size.
+    """
+    heads, head_parallel = _order_per_shard(shape.num_heads)
+    down, down_parallel = _order_per_shard(shape.intermediate_size)
+    across_heads = Rotation(
+        apply="online", order=max(heads, 2), block=max(heads, 2) * shape.head_dim
+    )
+    head = Rotation(apply="folded", order=shape.head_dim, block=shape.head_dim)
+    hidden = _block("hidden_size", shape.hidden_size, source)
+    return Rotations(
+        attn_input=hidden,
+        k=head.model_copy(update={"apply": "online"})
+        if scheme.kv_cache.bits != 16
+        else None,
+        v=head,
+        o_input=across_heads if heads > 1 else None,
+        mlp_input=hidden,
+        down_input=_block("intermediate_size", shape.intermediate_size, source, down),
+        max_tensor_parallel_size=min(head_parallel, down_parallel),
+    )
+
+
+def _order_per_shard(size: int) -> tuple[int, int]:
+    """Hadamard order and T: the largest T whose shard is one Hadamard of order > 1.
+
+    Where there is none, the largest order that divides the whole, and T = 1.
+    """
+    for parallel in (8, 4, 2, 1):
+        if size % parallel == 0 and size > parallel and exists(size // parallel):
+            return size // parallel, parallel
+    return largest_order(size), 1
+
+
+def _block(name: str, size: int, source: str, order: int | None = None) -> Rotation:
+    order = largest_order(size) if order is None else order
+    if order < MIN_BLOCK:
+        raise UnsupportedError(
+            f"{source}: {name} {size} has no Hadamard block: the largest order that "
+            f"divides it is {order}, at least {MIN_BLOCK} is supported"
+        )
+    return Rotation(apply="online", order=order, block=order)

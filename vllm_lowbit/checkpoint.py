@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a checkpoint's files against its model, from headers alone."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .architecture import LlamaShape
+from .errors import CheckpointError
+from .load_time import check_finite
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+INDEX = "model.safetensors.index.json"
+
+
+def check_plain_checkpoint(model: str, shape: LlamaShape) -> None:
+    """Check that a local plain checkpoint holds the model, before it is loaded.
+
+    Names, shapes and dtypes come from the safetensors headers; one-dimensional
+    tensors (norms and biases, which no layer method of ours sees) are also read and
+    checked to be finite. A model that is not a local directory is left to the checks
+    while loading.
+
+    Raises:
+        CheckpointError: naming the file and the tensor.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return
+    expected = shape.tensors()
+    seen: dict[str, Path] = {}
+    for path in safetensors_files(directory):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name in seen:
+                    raise CheckpointError(
+                        f"tensor {name} is in both {seen[name]} and {path}"
+                    )
+                seen[name] = path
+                if name in expected:
+                    _check_tensor(file, path, name, expected[name])
+    missing = [name for name in expected if name not in seen]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} tensors of the model are missing, first "
+            + ", ".join(missing[:4])
+        )
+    ignorable = {"lm_head.weight"} if shape.tie_word_embeddings else set()
+    extra = [
+        name
+        for name in seen
+        if name not in expected
+        and name not in ignorable
+        and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{seen[extra[0]]}: tensor {extra[0]} does not belong to the model "
+            f"({len(extra)} such tensors)"
+        )
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """The checkpoint's shards: those of the index, else every safetensors file.
+
+    Raises:
+        CheckpointError: for no file, a shard that is missing, or an index entry that
+            is not a plain file name.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{directory}: no *.safetensors file; other formats are not read"
+            )
+        return files
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from None
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: shard name {name!r} is not a file name")
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory}: shard {name} of the index is missing")
+    return [directory / str(name) for name in sorted(map(str, names))]
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file: {error}"
+        ) from None
+    with file:
+        yield file
+
+
+def _check_tensor(
+    file: safe_open, path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    header = file.get_slice(name)
+    if tuple(header.get_shape()) != shape:
+        raise CheckpointError(
+            f"{path}: tensor {name} has shape {list(header.get_shape())}, the model "
+            f"needs {list(shape)}"
+        )
+    if header.get_dtype() not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name} has dtype {header.get_dtype()}, a plain checkpoint "
+            f"has one of {', '.join(FLOAT_DTYPES)}"
+        )
+    if len(shape) == 1:
+        check_finite(file.get_tensor(name), f"{name} of {path}")

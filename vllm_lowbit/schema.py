@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only description of what is quantized and how; needs neither torch nor vLLM.
+
+``LowbitConfig`` is ``quantization_config`` in a checkpoint's config.json and, filled
+in at load time, the description of a plain checkpoint served with the flag alone.
+"""
+
+import re
+from typing import Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+
+FORMAT_VERSION = 1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+_T = TypeVar("_T", bound=_Model)
+
+
+class Weights(_Model):
+    """Grid of the linear weights."""
+
+    bits: Literal[2, 3, 4, 6, 8]
+    symmetric: bool = True
+    group_size: Literal[32, 64, 128, 256] | None = None
+    """Input elements that share a scale; None is one scale per output channel."""
+
+
+class Activations(_Model):
+    """Grid of the linear inputs: dynamic, per token. 16 bits means unquantized."""
+
+    bits: Literal[4, 6, 8, 16]
+    symmetric: bool = False
+
+
+class KVCache(_Model):
+    """KV cache entries: per token and head, fp16 scale and zero. 16: unquantized."""
+
+    bits: Literal[4, 16]
+
+
+class Scheme(_Model):
+    """Bit widths of everything that is quantized."""
+
+    weights: Weights
+    activations: Activations
+    kv_cache: KVCache
+
+    @property
+    def name(self) -> str:
+        """Canonical scheme name, for instance ``w4a4kv4`` or ``w4a16-g128``."""
+        name = f"w{self.weights.bits}a{self.activations.bits}"
+        if self.kv_cache.bits != 16:
+            name += f"kv{self.kv_cache.bits}"
+        if self.weights.group_size is not None:
+            name += f"-g{self.weights.group_size}"
+        return name
+
+
+class Rotation(_Model):
+    """An orthogonal transform of one activation.
+
+    ``folded`` ones are part of the weights on both sides; ``online`` ones run in the
+    server on the input named by the field, their inverse being folded. A block of
+    ``block`` neighbouring elements is transformed by a Hadamard matrix of ``order``,
+    across elements ``block / order`` apart.
+    """
+
+    apply: Literal["folded", "online"]
+    kind: Literal["hadamard", "orthogonal"] = "hadamard"
+    order: int = Field(ge=2, le=1 << 20)
+    block: int = Field(ge=2, le=1 << 20)
+    sign_seed: int | None = None
+
+    @property
+    def stride(self) -> int:
+        """Distance between neighbours of one transform."""
+        return self.block // self.order
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.block % self.order:
+            raise ValueError(f"order {self.order} does not divide block {self.block}")
+        return self
+
+
+class Rotations(_Model):
+    """Every transform of the model; a field that is None has none."""
+
+    residual: Rotation | None = None
+    attn_input: Rotation | None = None
+    """On the shared input of q, k and v."""
+    k: Rotation | None = None
+    """On keys after RoPE; queries get the same one."""
+    v: Rotation | None = None
+    """On values, per head; the inverse is folded into o_proj."""
+    o_input: Rotation | None = None
+    mlp_input: Rotation | None = None
+    """On the shared input of gate and up."""
+    down_input: Rotation | None = None
+    max_tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
+    """Any tensor parallel size that divides this serves the same function."""
+
+
+class Provenance(_Model):
+    """Where a calibrated checkpoint came from."""
+
+    base_model: str
+    base_revision: str | None = None
+    recipe: str
+    recipe_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class LowbitConfig(_Model):
+    """``quantization_config`` of a lowbit checkpoint."""
+
+    quant_method: Literal["lowbit"] = "lowbit"
+    format_version: Literal[1] = FORMAT_VERSION
+    scheme: Scheme
+    rotations: Rotations
+    provenance: Provenance | None = None
+
+    @classmethod
+    def parse(cls, data: object, source: str) -> Self:
+        """Validate a mapping.
+
+        Args:
+            data: parsed JSON.
+            source: file or option named in errors.
+
+        Raises:
+            ConfigError: naming every offending key, its value and what is allowed.
+        """
+        return _parse(cls, data, source)
+
+
+class TensorEntry(_Model):
+    """One tensor of a checkpoint."""
+
+    file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$")
+    dtype: Literal["F32", "F16", "BF16", "I32", "I64", "I8", "U8"]
+    shape: tuple[int, ...] = Field(max_length=8, strict=False)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if any(size < 0 or size > 1 << 40 for size in self.shape):
+            raise ValueError(f"impossible shape {list(self.shape)}")
+        return self
+
+
+class Manifest(_Model):
+    """Every tensor of a checkpoint: the file lowbit_manifest.json beside it."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    tensors: dict[str, TensorEntry]
+
+    @classmethod
+    def parse(cls, data: object, source: str) -> Self:
+        """As :meth:`LowbitConfig.parse`."""
+        return _parse(cls, data, source)
+
+
+class LoadTimeOptions(_Model):
+    """What a user may choose for a plain checkpoint."""
+
+    scheme: str = "w4a4kv4"
+    activations_symmetric: bool = False
+
+    @classmethod
+    def parse(cls, data: object, source: str) -> Self:
+        """As :meth:`LowbitConfig.parse`."""
+        return _parse(cls, data, source)
+
+
+# Name -> (weight bits, activation bits, KV bits); a suffix -gN sets the group size.
+_SCHEMES: dict[str, tuple[int, int, int]] = {
+    "w4a4kv4": (4, 4, 4),
+    "w4a4": (4, 4, 16),
+    "w4a8kv4": (4, 8, 4),
+    "w4a16": (4, 16, 16),
+    "w4a16kv4": (4, 16, 4),
+    "w3a16": (3, 16, 16),
+    "w2a16": (2, 16, 16),
+    "w6a6": (6, 6, 16),
+    "w8a8": (8, 8, 16),
+}
+SCHEME_NAMES = tuple(_SCHEMES)
+DEFAULT_SCHEME = "w4a4kv4"
+
+
+def scheme_from_name(name: str, activations_symmetric: bool = False) -> Scheme:
+    """The scheme a name such as ``w4a4kv4`` or ``w3a16-g128`` stands for.
+
+    Raises:
+        ConfigError: for an unknown name or group size.
+    """
+    match = re.fullmatch(r"(w\d+a\d+(?:kv\d+)?)(?:-g(\d{1,4}))?", name)
+    if match is None or match[1] not in _SCHEMES:
+        raise ConfigError(
+            f"scheme {name!r} does not exist; supported: {', '.join(SCHEME_NAMES)}, "
+            "each with an optional group size such as w4a16-g128"
+        )
+    weight_bits, activation_bits, kv_bits = _SCHEMES[match[1]]
+    group_size = int(match[2]) if match[2] else None
+    return _parse(
+        Scheme,
+        {
+            "weights": {"bits": weight_bits, "group_size": group_size},
+            "activations": {
+                "bits": activation_bits,
+                "symmetric": activations_symmetric,
+            },
+            "kv_cache": {"bits": kv_bits},
+        },
+        f"scheme {name!r}",
+    )
+
+
+def _parse(model: type[_T], data: object, source: str) -> _T:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"key {'.'.join(map(str, e['loc'])) or '(top level)'}: {e['msg']}"
+            + ("" if e["type"] == "missing" else f", got {_short(e['input'])}")
+            for e in error.errors()[:8]
+        )
+        raise ConfigError(f"{source}: {problems}") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What really runs: one log line per layer class, written when a layer is ready."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from .kernels import dispatch
+from .kernels.kv4_store.layout import bytes_per_token
+from .schema import LowbitConfig, Rotation
+
+if TYPE_CHECKING:
+    from .linear import LowbitLinearMethod
+
+# A child of vLLM's logger, so that its handlers and level apply.
+logger = logging.getLogger("vllm.lowbit")
+_logged: set[str] = set()
+
+
+def linear_ready(method: "LowbitLinearMethod") -> None:
+    """Log the class of a quantized linear, once per process."""
+    scheme = method.scheme
+    weights = f"int{scheme.weights.bits} " + _kind(scheme.weights.symmetric)
+    weights += (
+        " per channel"
+        if scheme.weights.group_size is None
+        else f" per group of {scheme.weights.group_size}"
+    )
+    activations = (
+        "unquantized"
+        if method.weight_only
+        else f"int{scheme.activations.bits} {_kind(scheme.activations.symmetric)} "
+        "per token"
+    )
+    _log_once(
+        f"{method.role}: weights {weights}, activations {activations}, "
+        f"{_rotation(method.input_rotation)}, backend {method.backend}"
+    )
+
+
+def attention_ready(config: LowbitConfig, layer: torch.nn.Module) -> None:
+    """Log the attention class, once per process."""
+    device = torch.get_default_device().type
+    row = dispatch.select("kv4_attention", device, head_dim=layer.head_size)
+    _log_once(
+        f"attention: KV cache int{config.scheme.kv_cache.bits} asymmetric per token "
+        f"and head, {bytes_per_token(layer.head_size)} bytes per token and head of "
+        f"{layer.head_size}, keys {_rotation(config.rotations.k)}, values rotation "
+        f"folded, backend {row.backend}"
+    )
+
+
+def rotation_summary(config: LowbitConfig) -> str:
+    """Rotations in use, for the metric's label."""
+    names = {
+        name: rotation
+        for name, rotation in config.rotations
+        if isinstance(rotation, Rotation)
+    }
+    return ",".join(f"{name}:{rotation.apply}" for name, rotation in names.items())
+
+
+def _kind(symmetric: bool) -> str:
+    return "symmetric" if symmetric else "asymmetric"
+
+
+def _rotation(rotation: Rotation | None) -> str:
+    if rotation is None:
+        return "no online Hadamard"
+    return f"online Hadamard {rotation.order} in blocks of {rotation.block}"
+
+
+def _log_once(line: str) -> None:
+    if line not in _logged:
+        _logged.add(line)
+        logger.info("lowbit %s", line)
