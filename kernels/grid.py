@@ -158,9 +158,7 @@ def kv_parameters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, zero.clamp(-KV_SCALE_MAX, KV_SCALE_MAX).half()
 
 
-def kv_encode(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
-) -> torch.Tensor:
+def kv_encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     """Unsigned codes in [0, 15] as uint8, with the rounded scale and zero."""
     steps = x.float() * (1.0 / scale.float()) + zero.float()
     codes = torch.round(steps).clamp_(0, KV_LEVELS)

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .hadamard.generic import hadamard
-from .hadamard_quantize.reference import hadamard_quantize
+from .hadamard_quantize.reference import hadamard_quantize, transform
 from .kv4_attention.generic import kv4_attention
 from .kv4_store.generic import kv4_store
 from .linear_w4a4.generic import linear_w4a4
@@ -29,20 +28,22 @@ def _register(
     torch.library.register_fake(f"lowbit::{name}", fake, lib=LIBRARY)
 
 
-def _linear_out(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype):
+def _linear_out(
+    x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
 _register(
-    "hadamard(Tensor x, int order, int stride) -> Tensor",
-    hadamard,
-    lambda x, order, stride: torch.empty_like(x, dtype=torch.float32),
+    "hadamard(Tensor x, Tensor? input_scale, int order, int stride) -> Tensor",
+    transform,
+    lambda x, input_scale, order, stride: torch.empty_like(x, dtype=torch.float32),
 )
 _register(
-    "hadamard_quantize(Tensor x, int order, int stride, int bits, bool symmetric)"
-    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    "hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
+    " int bits, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero_point)",
     hadamard_quantize,
-    lambda x, order, stride, bits, symmetric: (
+    lambda x, *arguments: (
         torch.empty_like(x, dtype=torch.int8),
         x.new_empty((x.shape[0], 1), dtype=torch.float32),
         x.new_empty((x.shape[0], 1), dtype=torch.int32),

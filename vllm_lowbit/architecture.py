@@ -183,4 +183,4 @@ def _block(name: str, size: int, source: str, order: int | None = None) -> Rotat
             f"{source}: {name} {size} has no Hadamard block: the largest order that "
             f"divides it is {order}, at least {MIN_BLOCK} is supported"
         )
-    return Rotation(apply="online", order=order, block=order)
+    return Rotation(apply="online", order=order, block=order, scaled=True)

@@ -2,7 +2,7 @@
 """Attention over the packed 4-bit paged cache, as a vLLM attention backend."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention import Attention
@@ -34,7 +34,7 @@ class KV4CacheMethod(BaseKVCacheMethod):
         super().__init__(quant_config)
         self.config = config
 
-    def create_weights(self, layer: torch.nn.Module) -> None:
+    def create_weights(self, layer: Any) -> None:
         """Replace the layer's backend; called at the end of its constructor."""
         stock = layer.impl
         layer.attn_backend = KV4AttentionBackend
@@ -49,7 +49,7 @@ class KV4CacheMethod(BaseKVCacheMethod):
             rotate=self.config.rotations.k is not None,
         )
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Nothing was loaded; confirm that the layer still is what was asked for."""
         if not isinstance(layer.impl, KV4AttentionImpl):
             raise UnsupportedError(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers: quantized while loading, run on integer codes."""
 
+from typing import Any
+
 import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
@@ -17,20 +19,13 @@ from .kernels import ops as _ops  # noqa: F401 (registers torch.ops.lowbit)
 from .kernels.grid import IntGrid
 from .kernels.linear_w4a4.generic import prepare
 from .load_time import (
+    FUSED,
     check_finite,
     fold_bias,
     quantize_linear,
     rotations_of,
 )
 from .schema import LowbitConfig, Rotation
-
-# vLLM's fused layers, and the parts whose output rows they stack.
-_PARTS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "o_proj": ("o_proj",),
-    "down_proj": ("down_proj",),
-}
 
 
 class LowbitLinearMethod(LinearMethodBase):
@@ -40,7 +35,7 @@ class LowbitLinearMethod(LinearMethodBase):
     vLLM has buffered all of a layer, so the float model never exists as a whole.
 
     Attributes on the layer afterwards: ``weight`` int8 codes ``[n, k]``,
-    ``weight_scale`` float32 ``[n, groups]``.
+    ``weight_scale`` float32 ``[n, groups]``, ``input_scale`` float32 ``[k]`` or None.
     """
 
     uses_meta_device = True
@@ -49,23 +44,23 @@ class LowbitLinearMethod(LinearMethodBase):
         self.scheme = config.scheme
         self.prefix = prefix
         self.role = prefix.rpartition(".")[2]
-        if self.role not in _PARTS:
+        if self.role not in FUSED:
             raise UnsupportedError(
                 f"linear {prefix} is not known to lowbit; supported: "
-                + ", ".join(_PARTS)
+                + ", ".join(FUSED)
             )
-        self.parts = [rotations_of(config.rotations, part) for part in _PARTS[self.role]]
+        self.parts = [rotations_of(config.rotations, part) for part in FUSED[self.role]]
         self.input_rotation: Rotation | None = self.parts[0].online_input
         self.grid = IntGrid(self.scheme.weights.bits, self.scheme.weights.symmetric)
         bits = self.scheme.activations.bits
         self.weight_only = bits == 16
-        self.activation_grid = (
-            None if self.weight_only else IntGrid(bits, self.scheme.activations.symmetric)
-        )
+        self.activation_grid = None
+        if not self.weight_only:
+            self.activation_grid = IntGrid(bits, self.scheme.activations.symmetric)
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -122,7 +117,7 @@ class LowbitLinearMethod(LinearMethodBase):
         except ValueError as error:
             raise UnsupportedError(f"linear {self.prefix}: {error}") from None
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Fold and quantize the loaded weight.
 
         Raises:
@@ -134,24 +129,26 @@ class LowbitLinearMethod(LinearMethodBase):
         self._check_loaded(layer)
         weight = layer.weight.data
         check_finite(weight, f"{self.prefix}.weight")
-        codes = torch.empty_like(weight, dtype=torch.int8)
-        scales: list[torch.Tensor] = []
-        rows = slice(0, 0)
-        for size, around in zip(self.output_sizes, self.parts, strict=True):
-            rows = slice(rows.stop, rows.stop + size)
-            part = quantize_linear(weight[rows], around, self.scheme.weights)
-            codes[rows] = prepare(part.codes, part.zero_point)
-            scales.append(part.scale)
-            if layer.bias is not None:
-                bias = layer.bias.data[rows]
-                check_finite(bias, f"{self.prefix}.bias")
-                bias.copy_(fold_bias(bias, around))
+        if layer.bias is not None:
+            check_finite(layer.bias.data, f"{self.prefix}.bias")
+            layer.bias.data.copy_(
+                fold_bias(layer.bias.data, self.output_sizes, self.parts)
+            )
+        done = quantize_linear(
+            weight, self.output_sizes, self.parts, self.scheme.weights
+        )
+        codes = prepare(done.codes, done.zero_point)
         layer.weight = Parameter(codes, requires_grad=False)
-        layer.weight_scale = Parameter(torch.cat(scales), requires_grad=False)
+        layer.weight_scale = Parameter(done.scale, requires_grad=False)
+        layer.input_scale = (
+            None
+            if done.input_scale is None
+            else Parameter(done.input_scale, requires_grad=False)
+        )
         layer._already_called_process_weights_after_loading = True
         truth.linear_ready(self)
 
-    def _check_loaded(self, layer: torch.nn.Module) -> None:
+    def _check_loaded(self, layer: Any) -> None:
         info = get_layerwise_info(layer)
         if info.load_numel_total is None:
             return
@@ -163,24 +160,25 @@ class LowbitLinearMethod(LinearMethodBase):
 
     def apply(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``x [..., k]`` to ``[..., n]`` in the dtype of x."""
         rotation = self.input_rotation
-        order, stride = (1, 1) if rotation is None else (rotation.order, rotation.stride)
+        order = 1 if rotation is None else rotation.order
+        stride = 1 if rotation is None else rotation.stride
         rows = x.reshape(-1, x.shape[-1])
         weight_max = self.grid.max_difference
         if self.activation_grid is None:
-            rotated = torch.ops.lowbit.hadamard(rows, order, stride)
+            rotated = torch.ops.lowbit.hadamard(rows, layer.input_scale, order, stride)
             out = torch.ops.lowbit.linear_wna16(
                 rotated, layer.weight, layer.weight_scale, bias, weight_max, x.dtype
             )
         else:
             grid = self.activation_grid
             codes, scale, zero_point = torch.ops.lowbit.hadamard_quantize(
-                rows, order, stride, grid.bits, grid.symmetric
+                rows, layer.input_scale, order, stride, grid.bits, grid.symmetric
             )
             out = torch.ops.lowbit.linear_w4a4(
                 codes,

@@ -4,6 +4,7 @@
 Pure torch; the vLLM layer method and the reference model share it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,14 @@ from .kernels.grid import IntGrid
 from .kernels.hadamard.generic import hadamard
 from .kernels.quantize_weight.reference import quantize_weight
 from .schema import Rotation, Rotations, Weights
+
+# Linears as vLLM fuses them, and the parts whose output rows they stack.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "o_proj": ("o_proj",),
+    "down_proj": ("down_proj",),
+}
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,20 @@ class LinearRotations:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes int8 ``[n, k]``; scale float32 and zero_point int32 ``[n, groups]``."""
+    """A quantized linear.
+
+    Attributes:
+        codes: int8 ``[n, k]``.
+        scale: float32 ``[n, groups]``.
+        zero_point: int32 ``[n, groups]``, None when symmetric.
+        input_scale: float32 ``[k]``, multiplied into the input before its online
+            transform; None for none.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
+    input_scale: torch.Tensor | None
 
 
 def rotations_of(rotations: Rotations, role: str) -> LinearRotations:
@@ -60,47 +78,105 @@ def rotations_of(rotations: Rotations, role: str) -> LinearRotations:
     raise ValueError(f"no linear has the role {role!r}")
 
 
-def fold(weight: torch.Tensor, around: LinearRotations) -> torch.Tensor:
+def equalizing_scale(weight: torch.Tensor) -> torch.Tensor:
+    """Powers of two that bring the columns of a weight to about one magnitude.
+
+    Dividing the columns by them and multiplying the input changes nothing in exact
+    arithmetic (nor in float: powers of two do not round), but a Hadamard then mixes
+    inputs by what they contribute instead of by their size, so channels that are
+    large only because their weights are small no longer drown the others. It is the
+    weights-only counterpart of SmoothQuant, in the spirit of weight equalization
+    (Nagel et al., Data-Free Quantization, 2019, section 4.1).
+
+    Args:
+        weight: ``[n, k]``, all linears that share the input stacked.
+
+    Returns:
+        float32 ``[k]`` with geometric mean about 1; 1 for all-zero columns.
+    """
+    energy = weight.float().square().mean(dim=0)
+    live = energy > 0
+    exponent = torch.log2(energy.clamp(min=1e-38)) / 2
+    if bool(live.any()):
+        exponent = exponent - exponent[live].mean()
+    exponent = torch.where(live, exponent.round().clamp(-16, 16), 0.0)
+    return torch.exp2(exponent)
+
+
+def fold(
+    weight: torch.Tensor, around: LinearRotations, input_scale: torch.Tensor | None
+) -> torch.Tensor:
     """Weight ``[n, k]`` with its transforms folded in, float32.
 
-    With orthonormal H, ``W x = (W H^T)(H x)``: a row w of the weight becomes H w, so
-    folding an input transform is that transform of every row.
+    With orthonormal H, ``W x = (W / s) H^T (H (s x))``: a row w of the weight becomes
+    ``H (w / s)``, so folding an input transform is that transform of every row.
     """
     folded = weight.float()
-    for rotation in (around.folded_input, around.online_input):
-        if rotation is not None:
-            folded = hadamard(folded, rotation.order, rotation.stride)
+    if around.folded_input is not None:
+        rotation = around.folded_input
+        folded = hadamard(folded, rotation.order, rotation.stride)
+    if input_scale is not None:
+        folded = folded / input_scale
+    if around.online_input is not None:
+        rotation = around.online_input
+        folded = hadamard(folded, rotation.order, rotation.stride)
     if around.output is not None:
         rotation = around.output
         folded = hadamard(folded.t(), rotation.order, rotation.stride).t()
     return folded
 
 
-def fold_bias(bias: torch.Tensor, around: LinearRotations) -> torch.Tensor:
-    """Bias ``[n]`` with the output transform applied, in its own dtype."""
-    if around.output is None:
-        return bias
-    rotation = around.output
-    return hadamard(bias, rotation.order, rotation.stride).to(bias.dtype)
+def fold_bias(
+    bias: torch.Tensor, sizes: Sequence[int], parts: Sequence[LinearRotations]
+) -> torch.Tensor:
+    """Bias ``[n]`` with the output transforms applied, in its own dtype.
+
+    Arguments as in :func:`quantize_linear`.
+    """
+    folded = []
+    for part, around in zip(bias.split(list(sizes)), parts, strict=True):
+        rotation = around.output
+        if rotation is not None:
+            part = hadamard(part, rotation.order, rotation.stride).to(bias.dtype)
+        folded.append(part)
+    return torch.cat(folded)
 
 
 def quantize_linear(
-    weight: torch.Tensor, around: LinearRotations, weights: Weights
+    weight: torch.Tensor,
+    sizes: Sequence[int],
+    parts: Sequence[LinearRotations],
+    weights: Weights,
 ) -> QuantizedWeight:
-    """Fold and quantize one weight ``[n, k]`` of a plain checkpoint."""
+    """Fold and quantize a linear of a plain checkpoint, fused or not.
+
+    Args:
+        weight: ``[n, k]``, the parts stacked along n.
+        sizes: rows of each part.
+        parts: transforms of each; they share the online input transform.
+        weights: the grid.
+    """
+    online = parts[0].online_input
+    scaled = online is not None and online.scaled
+    input_scale = equalizing_scale(weight) if scaled else None
     grid = IntGrid(weights.bits, weights.symmetric)
-    codes, scale, zero_point = quantize_weight(
-        fold(weight, around), grid, weights.group_size
+    done = [
+        quantize_weight(fold(rows, around, input_scale), grid, weights.group_size)
+        for rows, around in zip(weight.split(list(sizes)), parts, strict=True)
+    ]
+    codes, scale, zero_point = (
+        torch.cat(tensors) for tensors in zip(*done, strict=True)
     )
-    return QuantizedWeight(codes, scale, None if weights.symmetric else zero_point)
+    return QuantizedWeight(
+        codes, scale, None if weights.symmetric else zero_point, input_scale
+    )
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raise CheckpointError naming the tensor when it holds an Inf or NaN."""
-    # Inf and NaN survive a sum of magnitudes; one pass, no temporary of its size.
+    # In parts, so that the mask stays small.
     for part in tensor.flatten().split(1 << 22):
         if not bool(torch.isfinite(part).all()):
-            bad = int((~torch.isfinite(part)).sum())
             raise CheckpointError(
-                f"tensor {name} holds {bad} or more non-finite values (Inf or NaN)"
+                f"tensor {name} holds a non-finite value (Inf or NaN)"
             )

@@ -69,8 +69,7 @@ def _unsupported_options(
             (
                 cache.cache_dtype != "auto",
                 f"--kv-cache-dtype {cache.cache_dtype}",
-                f"scheme {config.scheme.name} has a {config.scheme.kv_cache.bits}-bit "
-                "cache of its own; leave it at auto or choose a scheme without kv",
+                f"scheme {config.scheme.name} has its own cache; leave it at auto",
             ),
             (
                 bool(cache.kv_cache_dtype_skip_layers),

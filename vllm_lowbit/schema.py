@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import ConfigError
 
-FORMAT_VERSION = 1
-
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -76,6 +74,8 @@ class Rotation(_Model):
     order: int = Field(ge=2, le=1 << 20)
     block: int = Field(ge=2, le=1 << 20)
     sign_seed: int | None = None
+    scaled: bool = False
+    """An ``input_scale`` of powers of two is multiplied in before an online one."""
 
     @property
     def stride(self) -> int:
@@ -120,7 +120,7 @@ class LowbitConfig(_Model):
     """``quantization_config`` of a lowbit checkpoint."""
 
     quant_method: Literal["lowbit"] = "lowbit"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     scheme: Scheme
     rotations: Rotations
     provenance: Provenance | None = None
@@ -157,7 +157,7 @@ class TensorEntry(_Model):
 class Manifest(_Model):
     """Every tensor of a checkpoint: the file lowbit_manifest.json beside it."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     tensors: dict[str, TensorEntry]
 
     @classmethod

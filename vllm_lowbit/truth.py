@@ -2,7 +2,7 @@
 """What really runs: one log line per layer class, written when a layer is ready."""
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +39,7 @@ def linear_ready(method: "LowbitLinearMethod") -> None:
     )
 
 
-def attention_ready(config: LowbitConfig, layer: torch.nn.Module) -> None:
+def attention_ready(config: LowbitConfig, layer: Any) -> None:
     """Log the attention class, once per process."""
     device = torch.get_default_device().type
     row = dispatch.select("kv4_attention", device, head_dim=layer.head_size)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The 16-bit vocabulary: embedding and head, checked and batch-independent."""
 
+from typing import Any
+
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
@@ -20,13 +22,13 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Raise CheckpointError for a non-finite weight."""
         check_finite(layer.weight.data, f"{self.prefix}.weight")
 
     def apply(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:

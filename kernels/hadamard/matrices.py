@@ -162,8 +162,7 @@ def _irreducible(p: int, degree: int) -> list[int]:
     for value in range(p**degree):
         low = [value // p**i % p for i in range(degree)]
         if all(
-            (x**degree + sum(c * x**i for i, c in enumerate(low))) % p
-            for x in range(p)
+            (x**degree + sum(c * x**i for i, c in enumerate(low))) % p for x in range(p)
         ):
             return low
     raise ValueError(f"no irreducible polynomial of degree {degree} over GF({p})")

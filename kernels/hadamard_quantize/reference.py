@@ -7,16 +7,30 @@ from ..grid import IntGrid
 from ..hadamard.generic import hadamard
 
 
+def transform(
+    x: torch.Tensor, input_scale: torch.Tensor | None, order: int, stride: int
+) -> torch.Tensor:
+    """``H (input_scale * x)`` in float32; arguments as in :func:`hadamard_quantize`."""
+    scaled = x.float() if input_scale is None else x.float() * input_scale
+    return scaled if order == 1 else hadamard(scaled, order, stride)
+
+
 def hadamard_quantize(
-    x: torch.Tensor, order: int, stride: int, bits: int, symmetric: bool
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    bits: int,
+    symmetric: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Transform each token, then quantize it on its own dynamic grid.
+    """Scale and transform each token, then quantize it on its own dynamic grid.
 
     The float32 transform of ``hadamard/generic.py`` is part of the definition: its
     order of additions decides on which side of a tie a code falls.
 
     Args:
         x: ``[tokens, n]``, float32, bfloat16 or float16.
+        input_scale: float32 ``[n]``, multiplied into x first; None for none.
         order: Hadamard order of a block, 1 for no transform.
         stride: elements between neighbours of one transform.
         bits: code width, 2 to 8.
@@ -29,5 +43,4 @@ def hadamard_quantize(
     Raises:
         ValueError: for an unsupported width or order.
     """
-    rotated = x.float() if order == 1 else hadamard(x, order, stride)
-    return IntGrid(bits, symmetric).quantize(rotated)
+    return IntGrid(bits, symmetric).quantize(transform(x, input_scale, order, stride))

@@ -27,7 +27,9 @@ def read_sequence(
     def gather(plane: torch.Tensor) -> torch.Tensor:
         return plane[used].transpose(0, 1).flatten(1, 2)[:, :seq_len]
 
-    def values(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor):
+    def values(
+        codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> torch.Tensor:
         return kv_decode(
             unpack_nibbles(gather(codes)),
             gather(scale).unsqueeze(-1),

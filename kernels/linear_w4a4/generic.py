@@ -22,7 +22,7 @@ def prepare(
     grouped = weight.to(torch.int16).unflatten(-1, (groups, -1))
     centred = (grouped - weight_zero_point.to(torch.int16).unsqueeze(-1)).flatten(-2)
     low, high = (int(v) for v in torch.aminmax(centred))
-    return centred.to(torch.int8) if -128 <= low and high <= 127 else centred
+    return centred.to(torch.int8) if low >= -128 and high <= 127 else centred
 
 
 def accumulators(

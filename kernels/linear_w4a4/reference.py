@@ -31,10 +31,11 @@ def accumulators(
             f"activations have {codes.shape[-1]} columns, the weight "
             f"{weight.shape[-1]}, in {groups} groups"
         )
-    a = (codes.long() - zero_point.long()).unflatten(-1, (groups, -1))
-    w = weight.long().unflatten(-1, (groups, -1))
+    # float64 holds these sums exactly.
+    a = (codes.double() - zero_point).unflatten(-1, (groups, -1))
+    w = weight.double().unflatten(-1, (groups, -1))
     if weight_zero_point is not None:
-        w = w - weight_zero_point.long().unsqueeze(-1)
+        w = w - weight_zero_point.double().unsqueeze(-1)
     return torch.einsum("mgk,ngk->mgn", a, w).to(torch.int32)
 
 
