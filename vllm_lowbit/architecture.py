@@ -14,6 +14,8 @@ from .schema import Rotation, Rotations, Scheme
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 MIN_BLOCK = 16
+MAX_SIZE = 1 << 24
+MAX_LAYERS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,30 @@ class LlamaShape:
         Raises:
             UnsupportedError: for another architecture, or sizes that cannot be.
         """
-        architectures = config.get("architectures") or []
-        if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
+        architectures = config.get("architectures")
+        if architectures not in [[name] for name in SUPPORTED_ARCHITECTURES]:
             raise UnsupportedError(
-                f"{source}: architecture {', '.join(map(str, architectures))!r} is not "
-                f"supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+                f"{source}: architectures {architectures!r} is not supported; "
+                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
 
-        def size(key: str, default: int | None = None) -> int:
+        def size(key: str, default: int | None = None, largest: int = MAX_SIZE) -> int:
             value = config.get(key)
             value = default if value is None else value
-            if type(value) is not int or not 0 < value <= 1 << 24:
+            if type(value) is not int or not 0 < value <= largest:
                 raise UnsupportedError(
-                    f"{source}: {key} must be an integer from 1 to {1 << 24}, got "
+                    f"{source}: {key} must be an integer from 1 to {largest}, got "
                     f"{value!r}"
                 )
             return value
+
+        def flag(key: str) -> bool:
+            value = config.get(key)
+            if value is not None and type(value) is not bool:
+                raise UnsupportedError(
+                    f"{source}: {key} must be true or false, got {value!r}"
+                )
+            return bool(value)
 
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         kv_heads = size("num_key_value_heads", heads)
@@ -69,14 +79,14 @@ class LlamaShape:
         return cls(
             hidden_size=hidden,
             intermediate_size=size("intermediate_size"),
-            num_layers=size("num_hidden_layers"),
+            num_layers=size("num_hidden_layers", largest=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=size("head_dim", hidden // heads),
             vocab_size=size("vocab_size"),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=flag("attention_bias"),
+            mlp_bias=flag("mlp_bias"),
+            tie_word_embeddings=flag("tie_word_embeddings"),
         )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -145,8 +155,8 @@ def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotat
         UnsupportedError: when no Hadamard block of at least MIN_BLOCK elements
             divides a size.
     """
-    heads, head_parallel = _order_per_shard(shape.num_heads)
-    down, down_parallel = _order_per_shard(shape.intermediate_size)
+    heads, head_parallel = _order_per_shard(shape.num_heads, 2)
+    down, down_parallel = _order_per_shard(shape.intermediate_size, MIN_BLOCK)
     across_heads = Rotation(
         apply="online", order=max(heads, 2), block=max(heads, 2) * shape.head_dim
     )
@@ -165,14 +175,18 @@ def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotat
     )
 
 
-def _order_per_shard(size: int) -> tuple[int, int]:
-    """Hadamard order and T: the largest T whose shard is one Hadamard of order > 1.
+def _order_per_shard(size: int, smallest: int) -> tuple[int, int]:
+    """Hadamard order and T: the largest T whose shard is one Hadamard.
 
-    Where there is none, the largest order that divides the whole, and T = 1.
+    Args:
+        size: elements of the whole.
+        smallest: order allowed. Where there is none, the result is the largest order
+            that divides the whole, and T = 1.
     """
     for parallel in (8, 4, 2, 1):
-        if size % parallel == 0 and size > parallel and exists(size // parallel):
-            return size // parallel, parallel
+        order, rest = divmod(size, parallel)
+        if not rest and order >= smallest and exists(order):
+            return order, parallel
     return largest_order(size), 1
 
 

@@ -80,7 +80,14 @@ def safetensors_files(directory: Path) -> list[Path]:
         return files
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from None
     for name in sorted(map(str, names)):
         if Path(name).name != name or not name.endswith(".safetensors"):

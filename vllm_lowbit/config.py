@@ -93,7 +93,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
         source = "--hf-overrides: quantization_config_dict_json"
         try:
             data = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{source}: not JSON: {error}") from None
         return cls(LoadTimeOptions.parse(data, source))
 
@@ -137,6 +137,12 @@ class LowbitQuantizationConfig(QuantizationConfig):
         )
 
     def _check_engine(self) -> None:
-        if not self._checked_engine:
-            refuse_engine_options(get_current_vllm_config(), self.resolved)
-            self._checked_engine = True
+        if self._checked_engine:
+            return
+        vllm_config = get_current_vllm_config()
+        refuse_engine_options(vllm_config, self.resolved)
+        if vllm_config.load_config.load_format == "auto":
+            # "auto" falls back to pickled *.bin files, and prefers
+            # consolidated*.safetensors to the files that were checked.
+            vllm_config.load_config.load_format = "safetensors"
+        self._checked_engine = True

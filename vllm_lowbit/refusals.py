@@ -16,6 +16,8 @@ from .errors import UnsupportedError
 from .kernels import dispatch
 from .schema import LowbitConfig
 
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
 
 def refuse_engine_options(vllm_config: VllmConfig, config: LowbitConfig) -> None:
     """Raise UnsupportedError naming the first option that cannot be honoured."""
@@ -34,6 +36,7 @@ def _unsupported_options(
     vllm_config: VllmConfig, config: LowbitConfig
 ) -> list[tuple[str, str]]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    load = vllm_config.load_config
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
     rotated = "value heads are rotated inside the model"
     found: list[tuple[bool, str, str]] = [
@@ -41,6 +44,11 @@ def _unsupported_options(
             model.quantization_config is not None,
             "--quantization-config",
             "the scheme is chosen through --hf-overrides",
+        ),
+        (
+            load.load_format not in LOAD_FORMATS,
+            f"--load-format {load.load_format}",
+            "only safetensors files are read",
         ),
         (vllm_config.lora_config is not None, "LoRA (--enable-lora)", rotated),
         (

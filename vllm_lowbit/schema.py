@@ -200,10 +200,11 @@ def scheme_from_name(name: str, activations_symmetric: bool = False) -> Scheme:
     Raises:
         ConfigError: for an unknown name or group size.
     """
-    match = re.fullmatch(r"(w\d+a\d+(?:kv\d+)?)(?:-g(\d{1,4}))?", name)
+    match = re.fullmatch(r"([a-z0-9]+)(?:-g([1-9][0-9]{0,3}))?", name)
     if match is None or match[1] not in _SCHEMES:
         raise ConfigError(
-            f"scheme {name!r} does not exist; supported: {', '.join(SCHEME_NAMES)}, "
+            f"scheme {_short(name)} does not exist; supported: "
+            f"{', '.join(SCHEME_NAMES)}, "
             "each with an optional group size such as w4a16-g128"
         )
     weight_bits, activation_bits, kv_bits = _SCHEMES[match[1]]
@@ -227,11 +228,19 @@ def _parse(model: type[_T], data: object, source: str) -> _T:
         return model.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(
-            f"key {'.'.join(map(str, e['loc'])) or '(top level)'}: {e['msg']}"
+            f"key {_path(e['loc'])}: {e['msg']}"
             + ("" if e["type"] == "missing" else f", got {_short(e['input'])}")
             for e in error.errors()[:8]
         )
         raise ConfigError(f"{source}: {problems}") from None
+
+
+def _path(keys: tuple[int | str, ...]) -> str:
+    names = (
+        key if isinstance(key, str) and re.fullmatch(r"\w{1,40}", key) else _short(key)
+        for key in keys
+    )
+    return ".".join(names) or "(top level)"
 
 
 def _short(value: object) -> str:
