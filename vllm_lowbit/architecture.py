@@ -14,7 +14,7 @@ from .schema import Rotation, Rotations, Scheme
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 MIN_BLOCK = 16
-MAX_SIZE = 1 << 24
+MAX_SIZE = 1 << 20
 MAX_LAYERS = 1 << 12
 
 
@@ -76,13 +76,19 @@ class LlamaShape:
                 f"{source}: num_attention_heads {heads} is not a multiple of "
                 f"num_key_value_heads {kv_heads}"
             )
+        head_dim = size("head_dim", hidden // heads)
+        if heads * head_dim > MAX_SIZE:
+            raise UnsupportedError(
+                f"{source}: num_attention_heads {heads} * head_dim {head_dim} is "
+                f"larger than {MAX_SIZE}"
+            )
         return cls(
             hidden_size=hidden,
             intermediate_size=size("intermediate_size"),
             num_layers=size("num_hidden_layers", largest=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=size("head_dim", hidden // heads),
+            head_dim=head_dim,
             vocab_size=size("vocab_size"),
             attention_bias=flag("attention_bias"),
             mlp_bias=flag("mlp_bias"),
@@ -122,7 +128,7 @@ class LlamaShape:
 def check_scheme(shape: LlamaShape, scheme: Scheme, source: str) -> None:
     """Raise UnsupportedError where the scheme does not fit the model's sizes."""
     group_size = scheme.weights.group_size
-    if not exists(shape.head_dim):
+    if shape.head_dim < 2 or not exists(shape.head_dim):
         raise UnsupportedError(
             f"{source}: head_dim {shape.head_dim} has no Hadamard matrix"
         )
@@ -157,9 +163,11 @@ def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotat
     """
     heads, head_parallel = _order_per_shard(shape.num_heads, 2)
     down, down_parallel = _order_per_shard(shape.intermediate_size, MIN_BLOCK)
-    across_heads = Rotation(
-        apply="online", order=max(heads, 2), block=max(heads, 2) * shape.head_dim
-    )
+    across_heads = None
+    if heads > 1:
+        across_heads = Rotation(
+            apply="online", order=heads, block=heads * shape.head_dim
+        )
     head = Rotation(apply="folded", order=shape.head_dim, block=shape.head_dim)
     hidden = _block("hidden_size", shape.hidden_size, source)
     return Rotations(
@@ -168,7 +176,7 @@ def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotat
         if scheme.kv_cache.bits != 16
         else None,
         v=head,
-        o_input=across_heads if heads > 1 else None,
+        o_input=across_heads,
         mlp_input=hidden,
         down_input=_block("intermediate_size", shape.intermediate_size, source, down),
         max_tensor_parallel_size=min(head_parallel, down_parallel),

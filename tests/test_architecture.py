@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is read from config.json, and where rotations go for real models."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from vllm_lowbit.architecture import (
+    MAX_LAYERS,
+    MAX_SIZE,
+    MIN_BLOCK,
+    LlamaShape,
+    check_scheme,
+    flag_only_rotations,
+)
+from vllm_lowbit.errors import UnsupportedError
+from vllm_lowbit.kernels.hadamard.matrices import exists
+from vllm_lowbit.schema import DEFAULT_SCHEME, Rotation, scheme_from_name
+
+W4A4KV4 = scheme_from_name(DEFAULT_SCHEME)
+
+
+def config(**keys: Any) -> dict[str, Any]:
+    """A small Llama's config.json, with keys replaced; None removes one."""
+    base = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+    }
+    return {k: v for k, v in {**base, **keys}.items() if v is not None}
+
+
+def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> LlamaShape:
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
+    return LlamaShape.from_config(config(**{**sizes, **keys}), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, {"num_kv_heads": 2, "head_dim": 64}),
+        ({"num_key_value_heads": None}, {"num_kv_heads": 4}),
+        ({"num_key_value_heads": 4}, {"num_kv_heads": 4}),
+        ({"num_key_value_heads": 1}, {"num_kv_heads": 1}),
+        ({"head_dim": 128}, {"head_dim": 128, "hidden_size": 256, "num_heads": 4}),
+        ({"attention_bias": True}, {"attention_bias": True, "mlp_bias": False}),
+        ({"mlp_bias": True}, {"attention_bias": False, "mlp_bias": True}),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
+    ],
+    ids=["gqa", "mha-default", "mha", "mqa", "head-dim", "qkvo-bias", "bias", "tied"],
+)
+def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = dataclasses.asdict(LlamaShape.from_config(config(**keys), "config.json"))
+    assert expected.items() <= found.items()
+    assert (found["intermediate_size"], found["num_layers"]) == (768, 2)
+    assert found["vocab_size"] == 1000
+
+
+@pytest.mark.parametrize(
+    "architectures",
+    [
+        None,
+        [],
+        ["GPT2LMHeadModel"],
+        ["LlamaForSequenceClassification"],
+        ["Qwen2ForCausalLM", "LlamaForCausalLM"],
+        "LlamaForCausalLM",
+        5,
+        True,
+        [["LlamaForCausalLM"]],
+        {"LlamaForCausalLM": 1},
+    ],
+)
+def test_other_architectures(architectures: object) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        LlamaShape.from_config(config(architectures=architectures), "m/config.json")
+    assert str(error.value) == (
+        f"m/config.json: architectures {architectures!r} is not supported; "
+        "supported: LlamaForCausalLM"
+    )
+
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("value", [0, -1, True, 64.0, "64", [64], {}, 1 << 60])
+def test_impossible_size(key: str, value: object) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        LlamaShape.from_config(config(**{key: value}), "m/config.json")
+    largest = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+    assert str(error.value) == (
+        f"m/config.json: {key} must be an integer from 1 to {largest}, got {value!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    "key", sorted(set(SIZES) - {"num_key_value_heads", "head_dim"})
+)
+def test_missing_size(key: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"config.json: {key} must be .*None"):
+        LlamaShape.from_config(config(**{key: None}), "config.json")
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "tie_word_embeddings"])
+@pytest.mark.parametrize("value", ["false", 1, 0.0, []])
+def test_flag_is_a_boolean(key: str, value: object) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        LlamaShape.from_config(config(**{key: value}), "config.json")
+    message = f"config.json: {key} must be true or false, got {value!r}"
+    assert str(error.value) == message
+
+
+def test_kv_heads_must_divide_heads() -> None:
+    with pytest.raises(UnsupportedError) as error:
+        LlamaShape.from_config(config(num_key_value_heads=3), "config.json")
+    assert "num_attention_heads 4 is not a multiple of num_key_value_heads 3" in str(
+        error.value
+    )
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-4, 300),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=2),
+)
+
+
+@settings(max_examples=1000)
+@example({"head_dim": 1})
+@example({"head_dim": MAX_SIZE})
+@example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1})
+@given(st.dictionaries(st.sampled_from([*SIZES, "mlp_bias", "architectures"]), JUNK))
+def test_any_config_is_read_or_refused(keys: dict[str, Any]) -> None:
+    """Also whatever follows from it: bounded work, errors of one kind."""
+    try:
+        read = LlamaShape.from_config({**config(), **keys}, "config.json")
+        check_scheme(read, W4A4KV4, "config.json")
+        rotations = flag_only_rotations(read, W4A4KV4, "config.json")
+    except UnsupportedError as error:
+        assert str(error).startswith("config.json: ")
+    else:
+        check_placement(read, rotations)
+
+
+def test_largest_sizes_take_bounded_time_and_memory() -> None:
+    """What a hostile config can ask for stays small."""
+    keys = {"head_dim": 64, "num_hidden_layers": MAX_LAYERS}
+    largest = shape(MAX_SIZE, MAX_SIZE, MAX_SIZE // 64, **keys)
+    assert len(largest.tensors()) == 9 * MAX_LAYERS + 3
+    rotations = flag_only_rotations(largest, W4A4KV4, "config.json")
+    check_placement(largest, rotations)
+    prime = shape(MAX_SIZE, MAX_SIZE - 3, 1, head_dim=64)
+    with pytest.raises(UnsupportedError, match="intermediate_size 1048573 has no Had"):
+        flag_only_rotations(prime, W4A4KV4, "config.json")
+    with pytest.raises(UnsupportedError) as error:
+        shape(256, 768, MAX_SIZE, head_dim=64)
+    assert (
+        f"num_attention_heads {MAX_SIZE} * head_dim 64 is larger than {MAX_SIZE}"
+        in str(error.value)
+    )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"head_dim": 128},
+        {"attention_bias": True},
+        {"mlp_bias": True, "num_hidden_layers": 1},
+        {"tie_word_embeddings": True},
+    ],
+    ids=["gqa", "mha", "mqa", "head-dim", "attention-bias", "mlp-bias", "tied"],
+)
+def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    hf_config = transformers.LlamaConfig(**{**config(), **keys})
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(hf_config)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if keys.get("tie_word_embeddings"):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        del expected["lm_head.weight"]
+    read = LlamaShape.from_config(hf_config.to_dict(), "config.json")
+    assert read.tensors() == expected
+
+
+# name: hidden, intermediate, heads, head_dim, largest tensor parallel size
+MODELS = {
+    "Llama-2-7B": (4096, 11008, 32, 128, 8),
+    "Llama-2-13B": (5120, 13824, 40, 128, 2),
+    "Llama-3-8B": (4096, 14336, 32, 128, 8),
+    "Llama-3-70B": (8192, 28672, 64, 128, 8),
+    "Llama-3.2-1B": (2048, 8192, 32, 64, 8),
+    "Llama-3.2-3B": (3072, 8192, 24, 128, 2),
+    "TinyLlama-1.1B": (2048, 5632, 32, 64, 8),
+    "SmolLM-135M": (576, 1536, 9, 64, 1),
+    "SmolLM-360M": (960, 2560, 15, 64, 1),
+    "ref-7m": (256, 768, 4, 64, 2),
+}
+
+
+def check_placement(read: LlamaShape, rotations: Any) -> None:
+    """Every block divides what it transforms, also on each shard it allows."""
+    hidden, heads = read.hidden_size, read.num_heads * read.head_dim
+    intermediate = read.intermediate_size
+    for name, rotation in rotations:
+        if isinstance(rotation, Rotation):
+            assert exists(rotation.order), name
+            assert rotation.block % rotation.order == 0, name
+    assert hidden % rotations.attn_input.block == 0
+    assert rotations.mlp_input == rotations.attn_input
+    for online in (rotations.attn_input, rotations.down_input):
+        assert online.apply == "online" and online.stride == 1 and online.scaled
+        assert online.order >= MIN_BLOCK
+    largest = rotations.max_tensor_parallel_size
+    assert largest in (1, 2, 4, 8)
+    for parallel in (n for n in (1, 2, 4, 8) if largest % n == 0):
+        assert intermediate % (parallel * rotations.down_input.block) == 0
+        if rotations.o_input is not None:
+            assert heads % (parallel * rotations.o_input.block) == 0
+    if rotations.o_input is not None:
+        # Across heads: the folded rotation of values is inside of each head.
+        assert rotations.o_input.stride == read.head_dim
+        assert rotations.o_input.apply == "online" and not rotations.o_input.scaled
+    assert rotations.v.apply == "folded"
+    assert rotations.v.order == rotations.v.block == read.head_dim
+    assert rotations.residual is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_flag_only_rotations(model: str) -> None:
+    hidden, intermediate, heads, head_dim, parallel = MODELS[model]
+    read = shape(hidden, intermediate, heads, head_dim=head_dim)
+    check_scheme(read, W4A4KV4, model)
+    rotations = flag_only_rotations(read, W4A4KV4, model)
+    check_placement(read, rotations)
+    assert rotations.max_tensor_parallel_size == parallel
+    assert (rotations.o_input is None) == (heads % 2 == 1)
+    # The whole width is mixed, and down_proj's in as few blocks as it may be.
+    assert rotations.attn_input.order == hidden
+    assert rotations.k is not None and rotations.k.apply == "online"
+    assert rotations.k.order == head_dim
+    unquantized = flag_only_rotations(read, scheme_from_name("w4a4"), model)
+    assert unquantized.k is None
+    assert unquantized.model_copy(update={"k": rotations.k}) == rotations
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "order", "parallel"),
+    [(11008, 1376, 8), (96, 24, 4), (64, 16, 4), (88, 44, 2), (16, 16, 1)],
+)
+def test_down_proj_blocks(intermediate: int, order: int, parallel: int) -> None:
+    """T is the largest of 8, 4, 2 and 1 whose shard is one Hadamard block."""
+    read = shape(512, intermediate, 64)
+    rotations = flag_only_rotations(read, W4A4KV4, "config.json")
+    assert rotations.down_input.order == rotations.down_input.block == order
+    assert rotations.max_tensor_parallel_size == parallel
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "order"),
+    [
+        ("hidden_size", 202, 2),
+        ("hidden_size", 1010, 2),
+        ("hidden_size", 8 * 4099, 8),
+        ("intermediate_size", 8 * 4099, 8),
+        ("intermediate_size", 5461, 1),
+        ("intermediate_size", 8, 8),
+    ],
+)
+def test_size_without_a_block(key: str, size: int, order: int) -> None:
+    read = shape(hidden=256, intermediate=768, heads=4)
+    with pytest.raises(UnsupportedError) as error:
+        flag_only_rotations(
+            dataclasses.replace(read, **{key: size}), W4A4KV4, "m/config.json"
+        )
+    assert str(error.value) == (
+        f"m/config.json: {key} {size} has no Hadamard block: the largest order that "
+        f"divides it is {order}, at least {MIN_BLOCK} is supported"
+    )
+
+
+def test_head_dim_without_a_hadamard_matrix() -> None:
+    with pytest.raises(UnsupportedError, match="head_dim 66 has no Hadamard matrix"):
+        check_scheme(shape(256, 768, 4, head_dim=66), W4A4KV4, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"hidden_size": 320}, "hidden_size 320"),
+        ({"head_dim": 48}, r"num_attention_heads \* head_dim 192"),
+        ({"intermediate_size": 704}, "intermediate_size 704"),
+    ],
+)
+def test_group_size_must_divide_every_input(keys: dict[str, int], named: str) -> None:
+    read = LlamaShape.from_config(config(**{"head_dim": 64, **keys}), "config.json")
+    check_scheme(read, scheme_from_name("w4a16-g64"), "config.json")
+    message = f"group_size 128 does not divide {named}$"
+    with pytest.raises(UnsupportedError, match=message):
+        check_scheme(read, scheme_from_name("w4a16-g128"), "config.json")
