@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny checkpoints and real vLLM configs; heavy imports happen when first used."""
 
+import functools
+import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 REF_7M = Path(__file__).parents[1] / "models" / "ref-7m"
+LEDGER = Path(__file__).parents[1] / "vllm_lowbit" / "PRIVATE_SYMBOLS.md"
 INDEX = "model.safetensors.index.json"
 
 # Same examples on every run; machines here are shared, so no deadline.
@@ -122,3 +126,34 @@ def engine_config() -> Callable[..., Any]:
     """vLLM's own VllmConfig for a model and engine arguments; starts nothing."""
     pytest.importorskip("vllm")
     return _engine_config
+
+
+def _resolve(symbol: str) -> Any:
+    parts = symbol.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[end:], module)
+    raise AssertionError(f"{symbol} does not exist")
+
+
+@pytest.fixture(scope="session")
+def resolve() -> Callable[[str], Any]:
+    """Imports a dotted name: a module's attribute, or an attribute of that."""
+    return _resolve
+
+
+@pytest.fixture(scope="session")
+def ledger() -> dict[str, set[str]]:
+    """Private vLLM symbols and the members in use, from PRIVATE_SYMBOLS.md."""
+    rows: dict[str, set[str]] = {}
+    lines = LEDGER.read_text().splitlines()
+    for line in lines:
+        if match := re.match(r"\| `([\w.]+)` \|([^|]*)\| \S.* \|[^|]*\|$", line):
+            assert match[1] not in rows, f"{match[1]} is listed twice"
+            rows[match[1]] = set(re.findall(r"`(\w+)`", match[2]))
+    table = [line for line in lines if line.startswith("| ")]
+    assert len(rows) == len(table) - 1, "a row of the ledger has another form"
+    return rows

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we need of vLLM's private symbols, against the ledger PRIVATE_SYMBOLS.md."""
+
+import copy
+import inspect
+import logging
+import tempfile
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_lowbit import truth
+from vllm_lowbit.errors import CheckpointError
+from vllm_lowbit.kernels.kv4_store.layout import bytes_per_token
+
+pytest.importorskip("vllm")
+from vllm_lowbit.attention import KV4AttentionBackend, KV4AttentionImpl
+from vllm_lowbit.vocabulary import EmbeddingMethod
+
+LOADER = "vllm.model_executor.model_loader.default_loader.DefaultModelLoader"
+CONTRACT: dict[str, Callable[[Any, Any], None]] = {}
+
+
+def holds(symbol: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers the assertion of a row, named by the last part of its symbol."""
+
+    def register(assertion: Callable[..., None]) -> Callable[..., None]:
+        CONTRACT[symbol] = assertion
+        return assertion
+
+    return register
+
+
+@pytest.fixture(scope="module")
+def real(
+    engine_config: Callable[..., Any], ledger: dict[str, set[str]], resolve: Any
+) -> Iterator[SimpleNamespace]:
+    """Real vLLM objects for ref-7m: config, a stock and a 4-bit attention layer."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    config = engine_config()
+    full = {symbol.rpartition(".")[2]: symbol for symbol in ledger}
+    with set_current_vllm_config(config):
+        sizes = (4, 64, 0.125, 2)
+        yield SimpleNamespace(
+            rows={name: ledger[symbol] for name, symbol in full.items()},
+            named=lambda name: resolve(full[name]),
+            resolve=resolve,
+            config=config,
+            quant=config.quant_config,
+            stock=Attention(*sizes, prefix="layers.0.attn"),
+            kv4=Attention(
+                *sizes, prefix="layers.1.attn", quant_config=config.quant_config
+            ),
+        )
+
+
+def members(value: Any, names: set[str]) -> None:
+    for name in names:
+        assert hasattr(value, name), f"{type(value).__name__} has no {name}"
+
+
+def parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+@holds("_CUSTOMIZED_METHOD_TO_QUANT_CONFIG")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol["lowbit"] is type(real.quant)
+
+
+@holds("get_quant_config")
+def _(symbol: Any, real: Any) -> None:
+    model = copy.copy(real.config.model_config)
+    for overrides, name in (
+        ({}, "w4a4kv4"),
+        ({"quantization_config_dict_json": '{"scheme": "w4a16"}'}, "w4a16"),
+    ):
+        model.hf_overrides = overrides
+        assert symbol(model, real.config.load_config).scheme.name == name
+
+
+@holds("_get_quantization_config")
+def _(symbol: Any, real: Any) -> None:
+    quant = symbol(real.config.model_config, real.config.load_config)
+    assert quant.resolved.rotations.max_tensor_parallel_size == 2  # of ref-7m
+
+
+@holds("VllmConfig")
+def _(symbol: Any, real: Any) -> None:
+    members(real.config, real.rows["VllmConfig"])
+    assert real.config.lora_config is real.config.speculative_config is None
+    assert real.config.kv_transfer_config is None
+
+
+@holds("ModelConfig")
+def _(symbol: Any, real: Any) -> None:
+    model = real.config.model_config
+    members(model, real.rows["ModelConfig"])
+    assert model.runner_type == "generate" and not model.is_multimodal_model
+    assert not model.enable_prompt_embeds and model.quantization_config is None
+
+
+@holds("CacheConfig")
+def _(symbol: Any, real: Any) -> None:
+    assert real.config.cache_config.cache_dtype == "auto"
+    assert not real.config.cache_config.kv_cache_dtype_skip_layers
+
+
+@holds("ParallelConfig")
+def _(symbol: Any, real: Any) -> None:
+    assert real.config.parallel_config.tensor_parallel_size == 1
+    assert real.config.parallel_config.decode_context_parallel_size == 1
+
+
+@holds("SpeculativeConfig")
+def _(symbol: Any, real: Any) -> None:
+    assert "method" in {field.name for field in fields(symbol)}
+    methods = real.resolve("vllm.config.speculative.SpeculativeMethod")
+    assert {"ngram", "suffix"} <= set(typing.get_args(methods))
+
+
+@holds("LoadConfig")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol().load_format == "auto"
+    assert real.config.load_config.load_format == "safetensors"  # narrowed by us
+
+
+@holds("DeviceConfig")
+def _(symbol: Any, real: Any) -> None:
+    assert real.config.device_config.device_type in ("cpu", "cuda")
+
+
+@holds("_prepare_weights")
+def _(symbol: Any, real: Any) -> None:
+    config = real.resolve("vllm.config.load.LoadConfig")()
+    loader = real.resolve(LOADER)(config)
+    config.load_format = "safetensors"  # as we do it, after the loader is built
+    with tempfile.TemporaryDirectory() as directory:
+        for name in ("model.safetensors", "pytorch_model.bin", "model.pt"):
+            (Path(directory) / name).touch()
+        files = symbol(loader, directory, None, None, True, None)[1]
+        assert files == [f"{directory}/model.safetensors"]
+        Path(files[0]).unlink()
+        with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+            symbol(loader, directory, None, None, True, None)
+
+
+def gate_up(real: Any, parts: int) -> Any:
+    """A fused linear with its first parts loaded through vLLM's loader."""
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    layer = MergedColumnParallelLinear(
+        256,
+        [32, 32],
+        bias=False,
+        quant_config=real.quant,
+        prefix="layers.0.mlp.gate_up_proj",
+        disable_tp=True,
+        params_dtype=torch.bfloat16,
+    )
+    for part in range(parts):
+        rows = torch.ones(32, 256, dtype=torch.bfloat16)
+        layer.weight.weight_loader(layer.weight, rows, part)
+    return layer
+
+
+@holds("initialize_online_processing")
+def _(symbol: Any, real: Any) -> None:
+    assert gate_up(real, 0).weight.is_meta
+    assert gate_up(real, 1).weight.is_meta
+    assert gate_up(real, 2).weight.dtype == torch.int8
+
+
+@holds("get_layerwise_info")
+def _(symbol: Any, real: Any) -> None:
+    assert type(symbol(gate_up(real, 0))) is real.named("LayerReloadingInfo")
+
+
+@holds("LayerReloadingInfo")
+def _(symbol: Any, real: Any) -> None:
+    info = real.named("get_layerwise_info")(gate_up(real, 1))
+    assert (info.load_numel, info.load_numel_total) == (32 * 256, 2 * 32 * 256)
+
+
+@holds("finalize_layerwise_processing")
+def _(symbol: Any, real: Any) -> None:
+    message = "linear layers.0.mlp.gate_up_proj: only 8192 of 16384 elements"
+    with pytest.raises(CheckpointError, match=message):
+        symbol(gate_up(real, 1), real.config.model_config)
+
+
+@holds("LinearBase")
+def _(symbol: Any, real: Any) -> None:
+    layer = gate_up(real, 2)
+    assert isinstance(layer, symbol) and layer.bias is None
+    codes = layer.weight
+    layer.quant_method.process_weights_after_loading(layer)  # as the loader does
+    assert layer.weight is codes
+
+
+@holds("Attention")
+def _(symbol: Any, real: Any) -> None:
+    members(real.stock, real.rows["Attention"])
+    assert (
+        type(real.kv4)
+        is symbol
+        is real.resolve("vllm.model_executor.layers.attention.Attention")
+    )
+    assert real.kv4.attn_type == "decoder" and real.kv4.head_size_v == 64
+    # The trap: an attribute of this name would make the whole cache fp8.
+    assert "kv_cache_scheme" in inspect.getsource(symbol.__init__)
+    assert not hasattr(real.quant, "kv_cache_scheme")
+
+
+@holds("_init_kv_cache_quant")
+def _(symbol: Any, real: Any) -> None:
+    assert type(real.kv4.impl) is KV4AttentionImpl
+    assert real.kv4.get_attn_backend() is KV4AttentionBackend
+    other = SimpleNamespace(
+        get_quant_method=lambda layer, prefix: object(), online_quantization_config=None
+    )
+    with pytest.raises(AssertionError):
+        symbol(torch.nn.Module(), other, "layers.0.attn")
+
+
+@holds("unified_kv_cache_update")
+def _(symbol: Any, real: Any) -> None:
+    assert "impl.do_kv_cache_update(" in inspect.getsource(symbol)
+    assert not KV4AttentionBackend.forward_includes_kv_cache_update
+    assert parameters(KV4AttentionImpl.do_kv_cache_update)[1:] == parameters(symbol)[
+        :2
+    ] + [
+        "kv_cache",
+        "slot_mapping",
+    ]
+
+
+@holds("BaseKVCacheMethod")
+def _(symbol: Any, real: Any) -> None:
+    assert isinstance(real.kv4.quant_method, symbol)
+    assert parameters(symbol.__init__) == ["quant_config"]
+
+
+@holds("CPUAttentionBackendImpl")
+def _(symbol: Any, real: Any) -> None:
+    members(real.stock.impl, real.rows["CPUAttentionBackendImpl"])
+    impl = real.stock.impl
+    assert (impl.scale, impl.alibi_slopes, impl.logits_soft_cap or None) == (
+        0.125,
+        None,
+        None,
+    )
+    every = parameters(real.resolve("vllm.v1.attention.backend.AttentionImpl").__init__)
+    assert {"scale", "alibi_slopes", "logits_soft_cap"} <= set(every)
+
+
+@holds("customize_spec")
+def _(symbol: Any, real: Any) -> None:
+    spec = real.kv4.get_kv_cache_spec(real.config)
+    called = real.resolve("vllm.v1.worker.utils.customize_attention_spec")
+    packed = called(real.kv4.get_attn_backend(), spec)
+    assert packed.page_size_bytes == 2 * spec.block_size * bytes_per_token(64)
+    assert spec.page_size_bytes == 2 * spec.block_size * 2 * 64 * 2
+
+
+@holds("supported_kv_cache_layouts")
+def _(symbol: Any, real: Any) -> None:
+    asked = real.resolve(
+        "vllm.v1.attention.backends.utils.get_supported_kv_cache_layouts"
+    )
+    assert [layout.name for layout in asked([KV4AttentionBackend])] == ["LBHNC"]
+
+
+@holds("CommonAttentionMetadata")
+def _(symbol: Any, real: Any) -> None:
+    names = {field.name: field.default for field in fields(symbol)}
+    assert real.rows["CommonAttentionMetadata"] <= set(names)
+    assert names["causal"] is True
+
+
+@holds("AttentionBackendEnum")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol[KV4AttentionBackend.get_name()] is symbol.CUSTOM is real.kv4.backend
+
+
+@holds("AttentionSpec")
+def _(symbol: Any, real: Any) -> None:
+    spec = real.kv4.get_kv_cache_spec(real.config)
+    assert isinstance(spec, symbol) and spec.state_content_bytes is None
+    packed = replace(spec, dtype=torch.uint8, state_content_bytes=5)
+    assert packed.state_content_size_bytes == 5 and packed.head_size == 64
+
+
+@holds("KVCacheLayout")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol.LBHNC.stride_order == (0, 1, 2, 3, 4)
+
+
+@holds("StatLoggerBase")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol.__abstractmethods__ == {
+        "__init__",
+        "record",
+        "log_engine_initialized",
+    }
+    assert parameters(symbol.__init__) == ["vllm_config", "engine_index"]
+    found = real.resolve("vllm.v1.metrics.loggers.load_stat_logger_plugin_factories")()
+    assert [f.__name__ for f in found if issubclass(f, symbol)] == ["LowbitStatLogger"]
+
+
+@holds("UnquantizedEmbeddingMethod")
+def _(symbol: Any, real: Any) -> None:
+    members(symbol, {"create_weights", "embedding", "tie_weights"})
+    asked = "vllm.model_executor.layers.quantization.base_config"
+    assert real.resolve(f"{asked}.method_has_implemented_embedding")(EmbeddingMethod)
+
+
+@holds("DEFAULT_LOGGING_CONFIG")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol["loggers"]["vllm"]["handlers"]
+    assert truth.logger.parent is logging.getLogger("vllm")
+
+
+def test_every_row_has_an_assertion(ledger: dict[str, set[str]]) -> None:
+    names = [symbol.rpartition(".")[2] for symbol in ledger]
+    assert sorted(names) == sorted(CONTRACT)
+
+
+@pytest.mark.parametrize("symbol", sorted(CONTRACT))
+def test_symbol(symbol: str, real: SimpleNamespace) -> None:
+    CONTRACT[symbol](real.named(symbol), real)
