@@ -69,7 +69,9 @@ def fixed_point(
     x = x.double()
     peak = x.abs().amax(dim=-1, keepdim=True)
     _, exponent = torch.frexp(peak)
-    unit = torch.ldexp(torch.ones_like(peak), exponent - fraction_bits)
+    # Not below the smallest normal: dividing by a unit of 0 would make NaNs.
+    exponent = (exponent - fraction_bits).clamp(min=-1022)
+    unit = torch.ldexp(torch.ones_like(peak), exponent)
     bad = ~torch.isfinite(peak)
     integers = torch.round(x / torch.where(bad, 1.0, unit))
     integers = torch.where(bad, 0.0, integers)

@@ -120,6 +120,15 @@ class TestFixedPoint:
         assert (integers == 0).all()
         assert torch.isfinite(unit).all() and (unit > 0).all()
 
+    @pytest.mark.parametrize("value", [5e-324, 1e-318, 2.0**-1045, 2.0**-1022, 1e308])
+    def test_ends_of_float64(self, value: float) -> None:
+        """Tiny probabilities lose digits, never more; the unit is never zero."""
+        x = torch.tensor([[value, -value / 2]], dtype=torch.float64)
+        integers, unit = fixed_point(x, 30)
+        assert torch.isfinite(integers).all() and torch.isfinite(unit).all()
+        assert (unit >= 2.0**-1022).all() and (integers.abs() <= 1 << 30).all()
+        assert ((x - integers * unit).abs() <= unit / 2).all()
+
     @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
     def test_non_finite_row(self, bad: float) -> None:
         x = torch.randn(3, 8)
