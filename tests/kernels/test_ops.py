@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registered operators: schema, fakes and torch.compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vllm_lowbit.kernels import ops
+from vllm_lowbit.kernels.grid import IntGrid
+
+Arguments = tuple[Any, ...]
+
+NAMES = (
+    "hadamard",
+    "hadamard_quantize",
+    "linear_w4a4",
+    "linear_wna16",
+    "kv4_store",
+    "kv4_attention",
+)
+
+
+def activations(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(5, 128).to(dtype)
+
+
+def integer_operands(bias: torch.Tensor | None, out_dtype: torch.dtype) -> Arguments:
+    grid = IntGrid(4, False)
+    codes, scale, zero_point = grid.quantize(activations())
+    weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
+    bounds = grid.max_difference, 7
+    return codes, scale, zero_point, weight, torch.rand(24, 2), bias, *bounds, out_dtype
+
+
+def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
+    """Arguments of an operator: optional ones both ways, every dtype."""
+    input_scale = torch.rand(128) + 0.5
+    bf16, fp16 = torch.bfloat16, torch.float16
+    weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
+    key = torch.randn(3, 2, 64)
+    cache = torch.full((2, 2, 16, 72), 255, dtype=torch.uint8)
+    batch = kv_batch([40, 7], [2, 7])
+    starts, lengths = torch.tensor([0, 2, 9]), torch.tensor(batch.seq_lens)
+    paged = batch.cache, batch.block_table, starts, lengths
+    return {
+        "hadamard": [
+            (activations(), None, 128, 1),
+            (activations(bf16), input_scale, 1, 1),
+            (activations(fp16), None, 4, 32),
+        ],
+        "hadamard_quantize": [
+            (activations(), input_scale, 128, 1, 4, False),
+            (activations(bf16), None, 1, 1, 8, True),
+            (activations(fp16), None, 4, 32, 4, True),
+        ],
+        "linear_w4a4": [
+            integer_operands(None, torch.float32),
+            integer_operands(torch.randn(24), bf16),
+            integer_operands(torch.randn(24).to(fp16), fp16),
+        ],
+        "linear_wna16": [
+            (activations(), weight, torch.rand(24, 2), None, 7, bf16),
+            (activations(bf16), weight, torch.rand(24, 1), torch.randn(24), 7, bf16),
+            (activations(fp16), weight.short(), torch.rand(24, 1), None, 15, fp16),
+        ],
+        "kv4_store": [
+            (key, key, cache, torch.tensor([3, -1, 30]), True),
+            (key.to(bf16), key.to(bf16), cache, torch.tensor([0, 1, 2]), False),
+        ],
+        "kv4_attention": [
+            (batch.query, *paged, 0.125, None, None, True),
+            (batch.query.to(bf16), *paged, 0.125, 8, 20.0, False),
+        ],
+    }[name]
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.lowbit, name).default
+
+
+def test_names_are_all_that_is_registered() -> None:
+    registered = torch._C._dispatch_get_all_op_names()
+    assert {n for n in registered if n.startswith("lowbit::")} == {
+        f"lowbit::{name}" for name in NAMES
+    }
+    assert ops.LIBRARY.ns == "lowbit"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, kv_batch: Callable[..., Any]) -> None:
+    """Schema against what is mutated or aliased, fake against real, AOT dispatch."""
+    for arguments in samples(name, kv_batch):
+        torch.library.opcheck(operator(name), arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_has_the_form_of_the_result(
+    name: str, kv_batch: Callable[..., Any]
+) -> None:
+    def forms(result: Any) -> list[tuple]:
+        tensors = result if isinstance(result, (tuple, list)) else (result,)
+        return [(t.dtype, t.shape, t.stride(), t.device) for t in tensors]
+
+    for arguments in samples(name, kv_batch):
+        real = operator(name)(*arguments)
+        with FakeTensorMode() as mode:
+            fake = operator(name)(
+                *(
+                    mode.from_tensor(a) if isinstance(a, torch.Tensor) else a
+                    for a in arguments
+                )
+            )
+        if name == "kv4_store":
+            assert real is fake is None
+        else:
+            assert forms(fake) == forms(real)
+
+
+@pytest.mark.parametrize("name", ["hadamard", "hadamard_quantize"])
+@pytest.mark.parametrize("form", ["empty", "row stride", "one row"])
+def test_fakes_of_other_row_layouts(name: str, form: str) -> None:
+    x = {
+        "empty": torch.randn(0, 64),
+        "row stride": torch.randn(4, 128)[:, 64:],
+        "one row": torch.randn(1, 64),
+    }[form]
+    rest = (4, False) if name == "hadamard_quantize" else ()
+    torch.library.opcheck(operator(name), (x, None, 64, 1, *rest))
+
+
+@pytest.mark.xfail(strict=True, reason="the fake keeps strides, the kernel does not")
+@pytest.mark.parametrize("name", ["hadamard", "hadamard_quantize"])
+def test_fakes_of_transposed_rows(name: str) -> None:
+    rest = (4, False) if name == "hadamard_quantize" else ()
+    arguments = torch.randn(64, 5).t(), None, 64, 1, *rest
+    torch.library.opcheck(operator(name), arguments)
+
+
+@pytest.mark.xfail(strict=True, reason="order 1 without a scale returns its input")
+def test_nothing_to_transform_is_not_an_alias() -> None:
+    """An op may return its input only when its schema says so."""
+    torch.library.opcheck(operator("hadamard"), (torch.randn(3, 64), None, 1, 1))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_linear(backend: str) -> None:
+    """Transform, quantization and GEMM in one graph, for any number of rows."""
+    weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
+    weight_scale, bias = torch.rand(24, 1), torch.randn(24)
+
+    def linear(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale, zero = torch.ops.lowbit.hadamard_quantize(
+            x * 2, None, 128, 1, 4, False
+        )
+        integer = torch.ops.lowbit.linear_w4a4(
+            codes, scale, zero, weight, weight_scale, bias, 15, 7, torch.float32
+        )
+        rotated = torch.ops.lowbit.hadamard(x * 2, None, 128, 1)
+        floating = torch.ops.lowbit.linear_wna16(
+            rotated, weight, weight_scale, bias, 7, torch.float32
+        )
+        return integer, floating + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (5, 9) if backend == "aot_eager" else (5,):
+        x = torch.randn(rows, 128)
+        for actual, expected in zip(compiled(x), linear(x), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_compiled_attention(kv_batch: Callable[..., Any]) -> None:
+    """The store is a mutation the graph must keep, before the read."""
+    batch = kv_batch([40], [1])
+    starts, lengths = torch.tensor([0, 1]), torch.tensor([40])
+    slot = batch.block_table[0, 39 // 16].view(1) * 16 + 39 % 16
+
+    def step(
+        query: torch.Tensor, key: torch.Tensor, cache: torch.Tensor
+    ) -> torch.Tensor:
+        torch.ops.lowbit.kv4_store(key, key, cache, slot, True)
+        return torch.ops.lowbit.kv4_attention(
+            query, cache, batch.block_table, starts, lengths, 0.1, None, None, True
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    key = torch.randn(1, 2, 64)
+    caches = batch.cache.clone(), batch.cache.clone()
+    assert torch.equal(
+        compiled(batch.query, key, caches[0]), step(batch.query, key, caches[1])
+    )
+    assert torch.equal(*caches)
+    assert not torch.equal(caches[0], batch.cache)
+
+
+def test_meta_tensors_run_the_fake() -> None:
+    """Shapes without data, as loading on the meta device needs them."""
+    x = torch.empty(3, 64, device="meta")
+    codes, scale, zero_point = torch.ops.lowbit.hadamard_quantize(
+        x, None, 64, 1, 4, True
+    )
+    assert codes.device.type == scale.device.type == zero_point.device.type == "meta"
+    assert codes.shape == (3, 64) and codes.dtype == torch.int8
