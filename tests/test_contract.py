@@ -118,6 +118,7 @@ def _(symbol: Any, real: Any) -> None:
 def _(symbol: Any, real: Any) -> None:
     assert real.config.parallel_config.tensor_parallel_size == 1
     assert real.config.parallel_config.decode_context_parallel_size == 1
+    assert real.config.parallel_config.prefill_context_parallel_size == 1
 
 
 @holds("SpeculativeConfig")

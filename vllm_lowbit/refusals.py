@@ -94,6 +94,11 @@ def _unsupported_options(
                 "--decode-context-parallel-size",
                 "the packed cache is not sharded over tokens",
             ),
+            (
+                parallel.prefill_context_parallel_size > 1,
+                "--prefill-context-parallel-size",
+                "the packed cache is not sharded over tokens",
+            ),
         ]
     return [(option, reason) for hit, option, reason in found if hit]
 
