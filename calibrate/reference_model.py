@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama in plain torch that computes what the server is asked to compute.
 
-It runs the reference operators, one sequence at a time, in float32 between them. The
-served model is tested against it; perplexities "by the reference" come from it.
+It runs the reference operators, one sequence at a time. The served model is tested
+against it; perplexities "by the reference" come from it.
 """
 
 import json
@@ -106,18 +106,28 @@ class QuantizedLinear:
 class ReferenceLlama:
     """Llama forward over one sequence; ``config`` None is the float model.
 
+    Everything is computed in float32; what a server holds in its dtype between two
+    operators is rounded to ``dtype``, once, at the places where a compiled model
+    rounds.
+
     Args:
         model: local directory of a plain checkpoint.
         config: scheme and rotations, as resolved by :func:`load_time_config`.
+        dtype: of the server that is mirrored.
 
     Raises:
         CheckpointError, UnsupportedError: as the server would.
     """
 
-    def __init__(self, model: str, config: LowbitConfig | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        config: LowbitConfig | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.shape, _ = _read_shape(model)
         check_plain_checkpoint(model, self.shape)
-        self.config = config
+        self.config, self.dtype = config, dtype
         hf_config = LlamaConfig.from_pretrained(model)
         self.eps = float(hf_config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(hf_config)
@@ -161,32 +171,60 @@ class ReferenceLlama:
         """Logits float32 ``[tokens, vocabulary]`` of token_ids ``[tokens]``."""
         x = self.tensors["model.embed_tokens.weight"][token_ids]
         positions = torch.arange(len(token_ids)).unsqueeze(0)
-        cos, sin = (t[0] for t in self.rotary(x, positions))
+        cos, sin = (self._round(t[0]) for t in self.rotary(x, positions))
+        residual = torch.zeros_like(x)
         for layer in range(self.shape.num_layers):
             prefix = f"model.layers.{layer}."
-            attended = self._attention(
-                self._norm(x, prefix + "input_layernorm"), prefix, cos, sin
+            h, residual = self._add_norm(x, residual, prefix + "input_layernorm")
+            h = self._attention(h, prefix, cos, sin)
+            x = self._run(prefix + "self_attn.o_proj", h)
+            h, residual = self._add_norm(
+                x, residual, prefix + "post_attention_layernorm"
             )
-            x = x + self.linears[prefix + "self_attn.o_proj"](attended)
-            h = self._norm(x, prefix + "post_attention_layernorm")
-            gate, up = self.linears[prefix + "mlp.gate_up_proj"](h).chunk(2, dim=-1)
-            activated = torch.nn.functional.silu(gate) * up
-            x = x + self.linears[prefix + "mlp.down_proj"](activated)
-        return torch.nn.functional.linear(self._norm(x, "model.norm"), self.head)
+            h = self._run(prefix + "mlp.gate_up_proj", h)
+            x = self._run(prefix + "mlp.down_proj", self._silu_and_mul(h))
+        h, _ = self._add_norm(x, residual, "model.norm")
+        return self._round(torch.nn.functional.linear(h, self.head))
 
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype).float()
+
+    def _run(self, linear: str, x: torch.Tensor) -> torch.Tensor:
+        return self._round(self.linears[linear](x))
+
+    def _add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """RMSNorm of ``x + residual``, and that sum as the new residual.
+
+        The norm sees the sum before it is rounded into the residual stream.
+        """
+        x = x + residual
         variance = x.pow(2).mean(dim=-1, keepdim=True)
-        return x * torch.rsqrt(variance + self.eps) * self.tensors[f"{name}.weight"]
+        normed = x * torch.rsqrt(variance + self.eps)
+        return self._round(normed * self.tensors[f"{name}.weight"]), self._round(x)
+
+    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._round(torch.nn.functional.silu(gate) * up)
+
+    def _rope(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotary embedding, half-split layout, of ``x [tokens, heads, head_dim]``."""
+        low, high = x.chunk(2, dim=-1)
+        rotated = torch.cat((-high, low), dim=-1)
+        return self._round(x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1))
 
     def _attention(
         self, h: torch.Tensor, prefix: str, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         shape = self.shape
-        qkv = self.linears[prefix + "self_attn.qkv_proj"](h)
+        qkv = self._run(prefix + "self_attn.qkv_proj", h)
         q, k, v = qkv.unflatten(-1, (-1, shape.head_dim)).split(
             [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1
         )
-        q, k = _rope(q, cos, sin), _rope(k, cos, sin)
+        q, k = (self._rope(t, cos, sin) for t in (q, k))
         if self.config is not None and self.config.rotations.k is not None:
             q, k = hadamard(q, shape.head_dim), hadamard(k, shape.head_dim)
         if self.config is not None and self.config.scheme.kv_cache.bits == 4:
@@ -196,14 +234,8 @@ class ReferenceLlama:
         scores = torch.einsum("qhd,thd->hqt", q.double(), k) * shape.head_dim**-0.5
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         probabilities = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        return torch.einsum("hqt,thd->qhd", probabilities, v).float().flatten(1)
-
-
-def _rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, half-split layout, of ``x [tokens, heads, head_dim]``."""
-    low, high = x.chunk(2, dim=-1)
-    rotated = torch.cat((-high, low), dim=-1)
-    return x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
+        attended = torch.einsum("hqt,thd->qhd", probabilities, v)
+        return self._round(attended.flatten(1))
 
 
 def _through_cache(x: torch.Tensor) -> torch.Tensor:

@@ -168,5 +168,5 @@ def kv_encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch
 def kv_decode(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 ) -> torch.Tensor:
-    """``scale * (u - zero)`` in float32."""
-    return (codes.float() - zero.float()) * scale.float()
+    """``scale * (u - zero)`` in float64, which holds it exactly."""
+    return (codes.double() - zero.double()) * scale.double()

@@ -19,7 +19,7 @@ def read_sequence(
         seq_len: tokens to read.
 
     Returns:
-        K (still rotated) and V, float32 ``[num_kv_heads, seq_len, head_dim]``.
+        K (still rotated) and V, float64 ``[num_kv_heads, seq_len, head_dim]``.
     """
     cache = planes(kv_cache)
     used = blocks[: -(-seq_len // kv_cache.shape[2])].long()
@@ -87,7 +87,7 @@ def kv4_attention(
         rows = slice(starts[i], starts[i + 1])
         q = query[rows]
         q = hadamard(q, q.shape[-1]) if rotate_query else q
-        k, v = (t.double() for t in read_sequence(kv_cache, block_table[i], seq_len))
+        k, v = read_sequence(kv_cache, block_table[i], seq_len)
         grouped = q.double().unflatten(1, (num_kv_heads, -1))
         scores = torch.einsum("qhgd,htd->hgqt", grouped, k) * softmax_scale
         if logits_soft_cap is not None:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines inside the test process: the same worker code as a server, in seconds."""
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+MODEL = Path(__file__).parents[2] / "models" / "ref-7m"
+PROMPTS = [
+    "The old house stood at the end of the lane, and",
+    "In the morning the rain had stopped. She opened the window and",
+    "The history of the county begins with",
+    '"I do not believe a word of it," said the doctor,',
+    "After the war the company moved its offices to",
+    "The river was wide there, and the ferryman",
+    "It was nearly midnight when the carriage",
+    "The album was released in the United States on",
+    "My dear sister, I write to tell you that",
+    "The species was first described by",
+    "He had walked all day without meeting anyone, when",
+    "Towards the end of the season the team",
+    "There was no answer. He knocked again, louder, and",
+    "The king sent for his three sons and told them",
+    "The building was designed in the style of",
+    "Nothing is so tiresome as",
+    "They sailed from the harbour with a fair wind, but",
+    "The novel received mixed reviews from critics, who",
+    "A small boy was sitting on the step, eating",
+    "The storm formed over the Atlantic on",
+]
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    """Directory of the model that ships with the repository."""
+    return str(MODEL)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """Twenty prompts of novels and articles."""
+    return PROMPTS
+
+
+@contextlib.contextmanager
+def _engine(**arguments: Any) -> Iterator[Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {
+        "model": str(MODEL),
+        "quantization": "lowbit",
+        "kv_cache_memory_bytes": 64 << 20,
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "disable_log_stats": True,
+    }
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    llm = None
+    cores = sorted(os.sched_getaffinity(0))
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
+    }
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            llm = LLM(**{**settings, **arguments})
+        yield llm
+    finally:
+        if llm is not None:
+            # The caller's variable outlives the block: release what it holds now.
+            llm.llm_engine.engine_core.shutdown()
+            vars(llm).clear()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        torch.set_num_threads = set_num_threads  # the CPU worker disables it
+        torch.set_num_threads(threads)
+
+
+def _worker_model(llm: Any) -> torch.nn.Module:
+    """The model object of an engine whose worker lives in this process."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner.model
+
+
+def _score(llm: Any, sequences: list[list[int]]) -> list[torch.Tensor]:
+    """Logits ``[tokens - 1, vocabulary]`` of each sequence, given its own tokens."""
+    from vllm import SamplingParams
+
+    model, seen = _worker_model(llm), []
+    compute = type(model).compute_logits
+
+    def record(hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = compute(model, hidden_states)
+        seen.append(logits.float().clone())
+        return logits
+
+    model.compute_logits = record
+    scored = []
+    parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    for ids in sequences:
+        seen.clear()
+        llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
+        scored.append(next(rows for rows in seen if len(rows) == len(ids) - 1))
+    del model.compute_logits
+    return scored
+
+
+@pytest.fixture(scope="session")
+def worker_model() -> Any:
+    """``worker_model(llm)``: the model object inside an engine."""
+    return _worker_model
+
+
+@pytest.fixture(scope="session")
+def score() -> Any:
+    """``score(llm, sequences)``: teacher-forced logits of each sequence."""
+    return _score
+
+
+@pytest.fixture(scope="session")
+def engine() -> Any:
+    """``engine(**arguments)``: context manager of an offline engine of ref-7m."""
+    return _engine

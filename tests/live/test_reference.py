@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The served model is the reference model, and not one of its easier variants."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.schema import scheme_from_name
+
+pytestmark = pytest.mark.live
+
+# Largest log-probability difference to the reference that float32 may show.
+EPS = 1e-3
+
+
+def _reference(
+    model: str,
+    scheme: str,
+    dtype: torch.dtype = torch.float32,
+    kind: type[ReferenceLlama] = ReferenceLlama,
+) -> ReferenceLlama:
+    return kind(model, load_time_config(model, scheme_from_name(scheme)), dtype)
+
+
+@pytest.fixture(scope="module")
+def reference(model: str) -> ReferenceLlama:
+    return _reference(model, "w4a4kv4")
+
+
+def _expected(
+    reference: ReferenceLlama, sequences: list[list[int]]
+) -> list[torch.Tensor]:
+    return [reference(torch.tensor(ids))[:-1] for ids in sequences]
+
+
+def _compare(
+    served: list[torch.Tensor], expected: list[torch.Tensor]
+) -> tuple[float, list[float], int]:
+    """Largest log-probability difference, the reference's top-2 gap wherever the
+    argmax differs, and the number of positions."""
+    noise, gaps, positions = 0.0, [], 0
+    for a, b in zip(served, expected, strict=True):
+        a, b = a.log_softmax(-1), b.log_softmax(-1)
+        noise = max(noise, float((a - b).abs().max()))
+        first, second = b.topk(2).values.unbind(-1)
+        gaps += (first - second)[a.argmax(-1) != b.argmax(-1)].tolist()
+        positions += len(b)
+    return noise, gaps, positions
+
+
+@pytest.fixture(scope="module")
+def greedy(engine: Any, score: Any, prompts: list[str]) -> Any:
+    """What the float32 eager server generates, and its logits on that."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    with engine(dtype="float32") as llm:
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        starts = [len(o.prompt_token_ids) for o in outputs]
+        sequences = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+        return SimpleNamespace(
+            starts=starts, sequences=sequences, logits=score(llm, sequences)
+        )
+
+
+@pytest.fixture(scope="module")
+def expected(reference: ReferenceLlama, greedy: Any) -> list[torch.Tensor]:
+    return _expected(reference, greedy.sequences)
+
+
+def test_float32_eager_is_the_reference(
+    model: str, greedy: Any, expected: list[torch.Tensor]
+) -> None:
+    """64 greedy tokens on 20 prompts, and the logits of every position."""
+    for start, ids, logits in zip(
+        greedy.starts, greedy.sequences, expected, strict=True
+    ):
+        assert ids[start:] == logits[start - 1 :].argmax(-1).tolist()
+
+    differences = {"w4a4kv4": _compare(greedy.logits, expected)[0]}
+    for scheme in ("w4a16kv4", "w4a4"):
+        easier = _expected(_reference(model, scheme), greedy.sequences)
+        differences[scheme] = _compare(greedy.logits, easier)[0]
+    print(f"largest log-probability difference to the reference: {differences}")
+    assert differences["w4a4kv4"] < EPS
+    assert differences["w4a16kv4"] > 10 * EPS
+    assert differences["w4a4"] > 10 * EPS
+
+
+def test_float32_compiled_differs_only_within_its_noise(
+    engine: Any, score: Any, greedy: Any, expected: list[torch.Tensor]
+) -> None:
+    """Where the argmax differs, the reference hardly preferred its own."""
+    with engine(dtype="float32", enforce_eager=False) as llm:
+        served = score(llm, greedy.sequences)
+    noise, gaps, positions = _compare(served, expected)
+    print(
+        f"float32 compiled: largest log-probability difference {noise:.2g}, argmax "
+        f"differs at {len(gaps)} of {positions} positions"
+    )
+    assert len(gaps) <= 0.02 * positions
+    assert all(gap < 2 * noise for gap in gaps)
+
+
+class _EagerReference(ReferenceLlama):
+    """The reference with vLLM's own eager norm, activation and RoPE between."""
+
+    def _add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from vllm import ir
+
+        weight = self.tensors[f"{name}.weight"].to(self.dtype)
+        x = x.to(self.dtype)
+        if not residual.any():
+            return ir.ops.rms_norm(x, weight, self.eps, None).float(), x.float()
+        normed, residual = ir.ops.fused_add_rms_norm(
+            x, residual.to(self.dtype), weight, self.eps, None
+        )
+        return normed.float(), residual.float()
+
+    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        from vllm.model_executor.layers.activation import SiluAndMul
+
+        return SiluAndMul.forward_native(gate_up.to(self.dtype)).float()
+
+    def _rope(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        from vllm import _custom_ops as ops
+
+        half = x.shape[-1] // 2
+        table = torch.cat((cos[:, :half], sin[:, :half]), -1).to(self.dtype)
+        rotated = x.flatten(1).to(self.dtype).clone()
+        positions = torch.arange(len(x))
+        ops.rotary_embedding(
+            positions, rotated, rotated.clone(), x.shape[-1], table, True
+        )
+        return rotated.view_as(x).float()
+
+
+def test_bfloat16_eager_is_the_reference(
+    engine: Any, score: Any, model: str, greedy: Any
+) -> None:
+    """Up to the last bit of bfloat16, with the same elementwise ops in between."""
+    reference = _reference(model, "w4a4kv4", torch.bfloat16, _EagerReference)
+    with engine(dtype="bfloat16") as llm:
+        served = score(llm, greedy.sequences)
+    mirrored = _expected(reference, greedy.sequences)
+    noise, gaps, positions = _compare(served, mirrored)
+    print(
+        f"bfloat16 eager: largest log-probability difference {noise:.2g}, argmax "
+        f"differs at {len(gaps)} of {positions} positions"
+    )
+    assert noise < 0.25  # logits near 16 are 1/16 apart in bfloat16
+    assert len(gaps) <= 0.02 * positions
+    assert all(gap < 2 * noise for gap in gaps)
+
+
+def test_bfloat16_compiled_loses_nothing(
+    engine: Any, score: Any, greedy: Any, expected: list[torch.Tensor]
+) -> None:
+    """A compiled bfloat16 server wanders off, but predicts as well.
+
+    One element that rounds to the other bfloat16 neighbour can flip a 4-bit code, a
+    whole step, which flips more in the next layer: two bfloat16 servers whose norms
+    add in another order differ like two draws of the quantization error. So tokens
+    are not compared; the mean loss on a text must agree.
+    """
+    with engine(dtype="bfloat16", enforce_eager=False) as llm:
+        served = score(llm, greedy.sequences)
+    noise, gaps, positions = _compare(served, expected)
+    losses = [_loss(rows, greedy.sequences) for rows in (served, expected)]
+    print(
+        f"bfloat16 compiled against float32: largest log-probability difference "
+        f"{noise:.2f}, argmax differs at {len(gaps)} of {positions} positions, largest "
+        f"reference gap there {max(gaps, default=0):.2f}; mean loss {losses[0]:.4f} "
+        f"against {losses[1]:.4f}"
+    )
+    assert all(gap < 2 * noise for gap in gaps)
+    assert abs(losses[0] - losses[1]) < 0.05
+
+
+def _loss(logits: list[torch.Tensor], sequences: list[list[int]]) -> float:
+    """Mean negative log-likelihood of the sequences' own tokens."""
+    targets = torch.cat([torch.tensor(ids[1:]) for ids in sequences])
+    return float(torch.nn.functional.cross_entropy(torch.cat(logits), targets))
