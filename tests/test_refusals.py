@@ -51,7 +51,7 @@ REFUSED = [
     ({"load_format": "sharded_state"}, "--load-format sharded_state{}"),
     (
         {"tensor_parallel_size": 4},
-        "--tensor-parallel-size 4: the rotations of this model stay inside 2 blocks, so",
+        "--tensor-parallel-size 4: the rotations of this model stay inside 2 blocks",
     ),
 ]
 # These are about the 4-bit cache, and fine where the scheme leaves the cache alone.

@@ -128,9 +128,9 @@ class LowbitLinearMethod(LinearMethodBase):
             return
         self._check_loaded(layer)
         weight = layer.weight.data
-        check_finite(weight, f"{self.prefix}.weight")
+        self._check_finite(weight, "weight")
         if layer.bias is not None:
-            check_finite(layer.bias.data, f"{self.prefix}.bias")
+            self._check_finite(layer.bias.data, "bias")
             layer.bias.data.copy_(
                 fold_bias(layer.bias.data, self.output_sizes, self.parts)
             )
@@ -157,6 +157,12 @@ class LowbitLinearMethod(LinearMethodBase):
                 f"linear {self.prefix}: only {info.load_numel} of "
                 f"{info.load_numel_total} elements are in the checkpoint"
             )
+
+    def _check_finite(self, tensor: torch.Tensor, kind: str) -> None:
+        block = self.prefix.rpartition(".")[0]
+        names = [f"{block}.{part}.{kind}" for part in FUSED[self.role]]
+        for name, rows in zip(names, tensor.split(self.output_sizes), strict=True):
+            check_finite(rows, name)
 
     def apply(
         self,
