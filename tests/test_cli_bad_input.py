@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,9 +127,7 @@ def group_outlives(group: int, patience: float = 10) -> bool:
 
 
 @pytest.fixture(scope="module")
-def models(
-    tmp_path_factory: Any, tiny_llama: Callable[..., Path], rewrite: Any
-) -> Path:
+def models(tmp_path_factory: Any, tiny_llama: Any, rewrite: Any) -> Path:
     root = tmp_path_factory.mktemp("models")
     tiny_llama(root / "sound", tokenizer=True)
     tiny_llama(root / "incomplete", tokenizer=True, shards=2)
@@ -167,7 +165,7 @@ def outcomes(
 def test_refused(case: str, outcomes: dict[str, Future[Outcome]]) -> None:
     code, lines, orphans = outcomes[case].result()
     output = "\n".join(lines)
-    assert code == 1, output
+    assert code > 0, output
     assert CASES[case].message in output
     assert "Application startup complete" not in output
     assert not orphans

@@ -154,7 +154,7 @@ def _(symbol: Any, real: Any) -> None:
             symbol(loader, directory, None, None, True, None)
 
 
-def gate_up(real: Any, parts: int) -> Any:
+def gate_up(real: Any, parts: int, last: float = 1.0) -> Any:
     """A fused linear with its first parts loaded through vLLM's loader."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
@@ -169,6 +169,7 @@ def gate_up(real: Any, parts: int) -> Any:
     )
     for part in range(parts):
         rows = torch.ones(32, 256, dtype=torch.bfloat16)
+        rows[-1, -1] = last if part == 1 else 1.0
         layer.weight.weight_loader(layer.weight, rows, part)
     return layer
 
@@ -328,6 +329,12 @@ def _(symbol: Any, real: Any) -> None:
 def _(symbol: Any, real: Any) -> None:
     assert symbol["loggers"]["vllm"]["handlers"]
     assert truth.logger.parent is logging.getLogger("vllm")
+
+
+def test_non_finite_part_of_a_fused_linear_is_named(real: Any) -> None:
+    message = "^tensor layers.0.mlp.up_proj.weight holds a non-finite value"
+    with pytest.raises(CheckpointError, match=message):
+        gate_up(real, 2, last=float("nan"))
 
 
 def test_every_row_has_an_assertion(ledger: dict[str, set[str]]) -> None:
