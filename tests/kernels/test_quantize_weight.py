@@ -85,8 +85,7 @@ def test_codes_follow_from_the_parameters(grid: IntGrid) -> None:
         assert (zero_point == 0).all()
 
 
-def test_a_tie_keeps_the_wider_range() -> None:
-    """A row on the grid has no error at ratio 1; none may be narrower."""
+def test_rows_on_the_grid_are_kept_exactly() -> None:
     weight = torch.randint(-7, 8, (6, 64)).float() / 4
     weight[:, 0] = 7 / 4
     codes, scale, _ = quantize_weight(weight, IntGrid(4), None)
