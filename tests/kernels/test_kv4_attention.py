@@ -162,7 +162,6 @@ def test_generic_against_reference(
     block_size: int,
     window: int | None,
     cap: float | None,
-    dtype: torch.dtype,
     kv_batch: Callable[..., Any],
 ) -> None:
     batch = kv_batch(
@@ -170,13 +169,20 @@ def test_generic_against_reference(
         [3, 256, 17, 130],
         block_size=block_size,
         head_dim=128 if block_size == 32 else 64,
-        dtype=dtype,
     )
     expected = batch.attend(reference.kv4_attention, window=window, cap=cap)
     actual = batch.attend(generic.kv4_attention, window=window, cap=cap)
-    assert actual.dtype == dtype
     assert torch.isfinite(actual).all()
-    assert_close(actual, expected, dtype)
+    assert_close(actual, expected, torch.float32)
+
+
+def test_types(dtype: torch.dtype, kv_batch: Callable[..., Any]) -> None:
+    for head_dim in HEAD_DIMS:
+        batch = kv_batch([257, 90], [17, 90], head_dim=head_dim, dtype=dtype)
+        expected = batch.attend(reference.kv4_attention, window=200, cap=5.0)
+        actual = batch.attend(generic.kv4_attention, window=200, cap=5.0)
+        assert actual.dtype == expected.dtype == dtype
+        assert_close(actual, expected, dtype)
 
 
 def test_generic_error_without_output_rounding(kv_batch: Callable[..., Any]) -> None:

@@ -108,13 +108,13 @@ def test_groups_are_rows_of_their_own(group_size: int | None) -> None:
 
 def test_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for every thread count, block of rows and stride."""
-    weight = heavy_tailed(65, 256)
+    weight = heavy_tailed(33, 256)
     expected = quantize_weight(weight, IntGrid(4), 64)
     turned = weight.t().contiguous().t()
     before = weight.clone()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for elements in (64, 1000, 1 << 18):
+        for elements in (64, 1000, 1 << 18) if threads == 1 else (1000,):
             monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", elements)
             for source in (weight, turned):
                 actual = quantize_weight(source, IntGrid(4), 64)
