@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over packed pages: the reference, and the generic backend against it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from vllm_lowbit.kernels.hadamard.matrices import matrix
 from vllm_lowbit.kernels.kv4_attention import generic, reference
 from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
+from vllm_lowbit.kernels.kv4_store.reference import kv4_store
 
 both = pytest.mark.parametrize(
     "attention",
@@ -239,6 +241,28 @@ def test_extreme_scores(scale: float, kv_batch: Callable[..., Any]) -> None:
     actual = batch.attend(generic.kv4_attention, scale=scale)
     assert torch.isfinite(actual).all()
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
+
+
+@both
+def test_many_small_probabilities(
+    attention: Callable[..., torch.Tensor], kv_batch: Callable[..., Any]
+) -> None:
+    """Tokens that are nothing one by one count together: 3000 of e^-20.6 each.
+
+    Constant rows are exact in the cache, so the result has a closed form.
+    """
+    others, gap = 3000, 20.6
+    batch = kv_batch([others + 1], [1], num_heads=1, num_kv_heads=1, rotate=False)
+    key, value = torch.ones(2, others + 1, 1, 64)
+    key[0], value[1:] = 15, -1
+    position = torch.arange(others + 1)
+    slots = batch.block_table[0, position // 16].long() * 16 + position % 16
+    kv4_store(key, value, batch.cache, slots, False)
+    batch = replace(batch, query=torch.full((1, 1, 64), 0.25))
+    out = batch.attend(attention, scale=gap / (14 * 64 * 0.25))
+    rest = others * math.exp(-gap)
+    expected = torch.full_like(out, (1 - rest) / (1 + rest))
+    torch.testing.assert_close(out, expected, rtol=3e-7, atol=0)
 
 
 @both
