@@ -64,15 +64,12 @@ def fixed_point(
 
     Returns:
         integer-valued float64 ``[..., n]`` and the unit, float64 ``[..., 1]``, with
-        ``x ~ integers * unit``. A row with an Inf or NaN gets unit NaN.
+        ``x ~ integers * unit``. An Inf or NaN stays one, so its row turns to NaN.
     """
     x = x.double()
-    peak = x.abs().amax(dim=-1, keepdim=True)
-    _, exponent = torch.frexp(peak)
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    exponent = torch.frexp(torch.maximum(high, -low)).exponent
     # Not below the smallest normal: dividing by a unit of 0 would make NaNs.
-    exponent = (exponent - fraction_bits).clamp(min=-1022)
-    unit = torch.ldexp(torch.ones_like(peak), exponent)
-    bad = ~torch.isfinite(peak)
-    integers = torch.round(x / torch.where(bad, 1.0, unit))
-    integers = torch.where(bad, 0.0, integers)
-    return integers, torch.where(bad, torch.nan, unit)
+    exponent = (exponent - fraction_bits).clamp_(min=-1022)
+    unit = torch.ldexp(torch.ones_like(high), exponent)
+    return (x / unit).round_(), unit

@@ -21,7 +21,9 @@ Calibration, the references and every backend follow this file.
 KV cache entries (``kv_*``) are unsigned codes in [0, 15] with an fp16 scale and an
 fp16 zero that need not be an integer, ``x = scale * (u - zero)``. Their scale is
 clamped to ``[2^-24, 65504]`` (larger finite values are clipped) and is at least
-``max|x| / 1024``, which keeps ``|zero|`` within what fp16 resolves to half a code.
+``max|x| / 1024``, which keeps ``|zero|`` within what fp16 resolves to half a code. The
+zero is a multiple of 1/64 in ``[-1024, 1024]``, so that ``u - zero`` is an integer of
+17 bits over 64 and sums of it can be exact.
 """
 
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ KV_LEVELS = 2**KV_BITS - 1
 KV_SCALE_MIN = 2.0**-24
 KV_SCALE_MAX = 65504.0
 KV_MAX_ZERO = 1024.0
+KV_ZERO_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,8 @@ def kv_parameters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = _settle(scale, low, high, peak)
     scale = scale.clamp(KV_SCALE_MIN, KV_SCALE_MAX).half()
     zero = -low * (1.0 / scale.float())
-    zero = torch.where(peak < TINY, 0.0, zero)
-    return scale, zero.clamp(-KV_SCALE_MAX, KV_SCALE_MAX).half()
+    zero = torch.where(peak < TINY, 0.0, zero.clamp(-KV_MAX_ZERO, KV_MAX_ZERO))
+    return scale, (torch.round(zero * KV_ZERO_STEPS) / KV_ZERO_STEPS).half()
 
 
 def kv_encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

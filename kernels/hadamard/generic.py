@@ -1,40 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hadamard transform in plain torch, float32, any device.
+"""Hadamard transform in plain torch whose result no order of additions can change.
 
-Order of operations (every backend that promises equal codes follows it): the
-butterflies of the power of two, distance 1 first; then the core, as a sum over its
-columns in ascending order; then one multiplication by ``1 / sqrt(order)`` in
-float32. All of it is elementwise, so a row never depends on its neighbours.
+Definition shared by every backend that promises equal codes: each block of ``order``
+elements is rounded to FRACTION_BITS-bit fixed point (relative to its largest
+magnitude), the transform of those integers is exact, and the sum is multiplied by
+``unit / sqrt(order)`` in float64 and rounded once to float32. The rounding moves an
+element by at most 2^-31 of its block's largest. A row never depends on the batch,
+the thread count or the library that multiplies.
 """
+
+import functools
 
 import torch
 
-from .matrices import core_matrix, factor
+from ..exact import fixed_point
+from .matrices import factor, matrix
 from .reference import check_blocks
+
+FRACTION_BITS = 30
 
 
 def hadamard(
     x: torch.Tensor, order: int, stride: int = 1, *, transpose: bool = False
 ) -> torch.Tensor:
-    """As the reference, computed and returned in float32."""
+    """As the reference, returned in float32; non-finite blocks become NaN."""
     check_blocks(x.shape[-1], order, stride)
+    blocks = x.unflatten(-1, (-1, order, stride)).transpose(-1, -2)
+    integers, unit = fixed_point(blocks, FRACTION_BITS)
+    left, right = _kronecker(order, transpose, x.device)
+    sums = integers.reshape(-1, left.shape[0], right.shape[0]) @ right
+    if left.shape[0] > 1:
+        sums = left @ sums
+    y = sums.view(blocks.shape) * (unit * order**-0.5)
+    return y.transpose(-1, -2).reshape(x.shape).float()
+
+
+@functools.lru_cache(maxsize=64)
+def _kronecker(
+    order: int, transpose: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors with ``H = left (x) right^T``, of about equal size, float64."""
     core, power = factor(order)
-    y = x.float().reshape(-1, core, power, stride)
-    distance = 1
-    while distance < power:
-        a, b = y.unflatten(2, (-1, 2, distance)).unbind(3)
-        y = torch.stack((a + b, a - b), dim=3).reshape(y.shape)
-        distance *= 2
-    if core > 1:
-        y = _apply_core(y, core, transpose)
-    scale = torch.tensor(order**-0.5, dtype=torch.float32)
-    return (y * scale).reshape(x.shape)
-
-
-def _apply_core(y: torch.Tensor, core: int, transpose: bool) -> torch.Tensor:
-    h = core_matrix(core).to(device=y.device, dtype=torch.float32)
-    columns = (h if transpose else h.T).view(core, 1, core, 1, 1)
-    total = columns[0] * y[:, :1]
-    for j in range(1, core):
-        total = total + columns[j] * y[:, j : j + 1]
-    return total
+    small = 1
+    while power > 1 and core * power > 2 * small and core * power > 64:
+        power, small = power // 2, small * 2
+    left, right = matrix(core * power), matrix(small)
+    if small == 1:
+        left, right = right, left
+    if transpose:
+        left, right = left.t(), right.t()
+    return left.to(device, torch.float64), right.t().to(device, torch.float64)

@@ -2,22 +2,26 @@
 """KV4 attention in plain torch, with sums that do not depend on the batch.
 
 Flash-attention style: splits of SPLIT tokens at fixed positions, merged in ascending
-order. Inside a split the two products run on integer codes as exact float64 GEMMs
-(queries and probabilities rounded to 30-bit fixed point per row), and the remaining
-sums are halving trees of fixed shape. A row is therefore bitwise the same for any
-batch, chunk, page table or thread count. Only the codes of one split are unpacked at
-a time.
+order. Inside a split every sum is one of integers that float64 holds exactly (queries
+and probabilities rounded to 28-bit fixed point, codes minus zeros being multiples of
+1/64), so a row is bitwise the same for any batch, chunk, page table or thread count.
+Decoding sequences run together; only one split of each is unpacked at a time.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from ..exact import fixed_point
 from ..hadamard.generic import hadamard
-from ..kv4_store.layout import Planes, planes, unpack_nibbles
+from ..kv4_store.layout import planes, unpack_nibbles
 
 SPLIT = 256
 QUERY_BLOCK = 128
-FRACTION_BITS = 30
+FRACTION_BITS = 28
+# Cached elements of K unpacked at a time, over all sequences of a batch.
+_BATCH_ELEMENTS = 1 << 22
 
 
 def kv4_attention(
@@ -32,117 +36,159 @@ def kv4_attention(
     rotate_query: bool,
 ) -> torch.Tensor:
     """As the reference."""
-    cache = planes(kv_cache)
-    num_kv_heads, block_size = kv_cache.shape[1:3]
+    num_kv_heads = kv_cache.shape[1]
     rotated = hadamard(query, query.shape[-1]) if rotate_query else query.float()
-    # [num_kv_heads, tokens, group, head_dim]
-    q = rotated.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
+    q = rotated.unflatten(1, (num_kv_heads, -1))
     out = torch.empty_like(query)
-    starts = query_start_loc.tolist()
-    for i, seq_len in enumerate(seq_lens.tolist()):
-        first, last = starts[i], starts[i + 1]
-        for begin in range(first, last, QUERY_BLOCK):
-            end = min(begin + QUERY_BLOCK, last)
-            positions = torch.arange(begin, end) + (seq_len - last)
-            mask = _Mask(positions, seq_len, sliding_window)
-            attended = _attend(
-                q[:, begin:end],
-                cache,
-                block_table[i].long(),
-                block_size,
-                mask,
-                softmax_scale,
-                logits_soft_cap,
-            )
-            out[begin:end] = attended.transpose(0, 1).flatten(1, 2).to(query.dtype)
+    widest = SPLIT * num_kv_heads * query.shape[-1]
+    for batch in _batches(query_start_loc, seq_lens, max(1, _BATCH_ELEMENTS // widest)):
+        rows = batch.first_row.unsqueeze(1) + torch.arange(batch.num_rows)
+        attended = _attend(
+            q[rows],
+            kv_cache,
+            block_table[batch.sequence].long(),
+            batch,
+            softmax_scale,
+            sliding_window,
+            logits_soft_cap,
+        )
+        out[rows] = attended.flatten(2, 3).to(query.dtype)
     return out
 
 
-class _Mask:
-    """Which tokens the rows of a query block see."""
+@dataclass(frozen=True)
+class _Batch:
+    """Equally many query rows of several sequences.
 
-    def __init__(
-        self, positions: torch.Tensor, seq_len: int, window: int | None
-    ) -> None:
-        self.positions, self.window = positions, window
-        first, last = int(positions[0]), int(positions[-1])
-        oldest = 0 if window is None else max(0, first - window + 1)
-        self.splits = range(oldest // SPLIT * SPLIT, min(last + 1, seq_len), SPLIT)
-        self.seq_len = seq_len
+    Attributes:
+        num_rows: rows of each.
+        sequence: int64 ``[items]``, index of the sequence.
+        first_row: int64 ``[items]``, first row in the query.
+        first_position: int64 ``[items]``, its position in the sequence.
+        seq_len: int64 ``[items]``, cached tokens.
+    """
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """bool ``[rows, tokens]``."""
-        position = self.positions.unsqueeze(-1)
-        hidden = tokens > position
-        if self.window is not None:
-            hidden |= tokens <= position - self.window
-        return hidden
+    num_rows: int
+    sequence: torch.Tensor
+    first_row: torch.Tensor
+    first_position: torch.Tensor
+    seq_len: torch.Tensor
+
+    def positions(self) -> torch.Tensor:
+        """int64 ``[items, num_rows, 1]``."""
+        rows = torch.arange(self.num_rows).unsqueeze(1)
+        return self.first_position.view(-1, 1, 1) + rows
+
+
+def _batches(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, most: int
+) -> Iterator[_Batch]:
+    """Query blocks, those of one row gathered into batches of at most ``most``."""
+    starts = query_start_loc.tolist()
+    blocks: dict[int, list[tuple[int, int, int, int]]] = {}
+    for i, seq_len in enumerate(seq_lens.tolist()):
+        end = starts[i + 1]
+        for row in range(starts[i], end, QUERY_BLOCK):
+            num_rows = min(QUERY_BLOCK, end - row)
+            item = (i, row, seq_len - (end - row), seq_len)
+            blocks.setdefault(num_rows, []).append(item)
+    for num_rows, items in blocks.items():
+        step = most if num_rows == 1 else 1
+        for first in range(0, len(items), step):
+            yield _Batch(num_rows, *torch.tensor(items[first : first + step]).unbind(1))
 
 
 def _attend(
     q: torch.Tensor,
-    cache: Planes,
-    blocks: torch.Tensor,
-    block_size: int,
-    mask: _Mask,
+    kv_cache: torch.Tensor,
+    tables: torch.Tensor,
+    batch: _Batch,
     softmax_scale: float,
+    window: int | None,
     soft_cap: float | None,
 ) -> torch.Tensor:
-    """Attention of ``q [heads, rows, group, head_dim]``; returns the same shape."""
-    shape = q.shape
-    group = shape[2]
-    q_codes, q_unit = fixed_point(q.flatten(1, 2), FRACTION_BITS)
-    q_sum = q_codes.sum(-1, keepdim=True)
+    """Attention of ``q [items, rows, heads, group, head_dim]``; same shape."""
+    items, rows, heads, group, head_dim = q.shape
+    q = q.transpose(1, 2).reshape(items, heads, rows * group, head_dim)
+    q_codes, q_unit = fixed_point(q, FRACTION_BITS)
+    q_unit = q_unit * softmax_scale
     peak = torch.full_like(q_unit, -torch.inf)
     total = torch.zeros_like(q_unit)
     attended = torch.zeros_like(q_codes)
-    for start in mask.splits:
-        tokens = torch.arange(start, start + SPLIT)
-        live = tokens < mask.seq_len
-        where = torch.where(live, tokens, start)
-        block, offset = blocks[where // block_size], where % block_size
+    positions = batch.positions()
+    for start, size in _splits(kv_cache.shape[2], batch, window):
+        tokens = torch.arange(start, start + size)
+        live = (tokens < batch.seq_len.unsqueeze(1)).view(items, 1, 1, size)
+        k, k_scale, v, v_scale = _read(kv_cache, tables, start, size, batch.seq_len)
 
-        def read(
-            plane: torch.Tensor,
-            block: torch.Tensor = block,
-            offset: torch.Tensor = offset,
-        ) -> torch.Tensor:
-            return plane[block, :, offset].transpose(0, 1).double()
-
-        def codes(
-            plane: torch.Tensor,
-            block: torch.Tensor = block,
-            offset: torch.Tensor = offset,
-        ) -> torch.Tensor:
-            return unpack_nibbles(plane[block, :, offset]).transpose(0, 1).double()
-
-        products = q_codes @ codes(cache.k_codes).transpose(1, 2)
-        k_scale, k_zero = read(cache.k_scale), read(cache.k_zero)
-        scores = products - q_sum * k_zero.unsqueeze(1)
-        scores = scores * (k_scale.unsqueeze(1) * softmax_scale) * q_unit
+        hidden = tokens > positions
+        if window is not None:
+            hidden |= tokens <= positions - window
+        hidden = hidden.repeat_interleave(group, dim=1).unsqueeze(1)
+        scores = (q_codes @ k.transpose(2, 3)) * k_scale * q_unit
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
-        hidden = mask.hidden(tokens).repeat_interleave(group, dim=0)
-        scores = scores.masked_fill(hidden, -torch.inf)
+        scores = scores.masked_fill_(hidden, -torch.inf)
 
         new_peak = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
-        shift = torch.where(new_peak == -torch.inf, 0.0, new_peak)
+        shift = new_peak.masked_fill(new_peak == -torch.inf, 0.0)
         keep = torch.exp(peak - shift)
         p = torch.exp(scores - shift)
-        v_scale, v_zero = read(cache.v_scale), read(cache.v_zero)
-        v_scale = torch.where(live, v_scale, 0.0).unsqueeze(1)
-        v_zero = torch.where(live, v_zero, 0.0).unsqueeze(1)
-        weights, unit = fixed_point(p * v_scale, FRACTION_BITS)
-        values = weights @ codes(cache.v_codes) - _tree_sum(weights * v_zero)
+        weights, unit = fixed_point(p * v_scale.where(live, 0.0), FRACTION_BITS)
+        values = weights @ v.where(live.transpose(2, 3), 0.0)
         attended = attended * keep + values * unit
-        total = total * keep + _tree_sum(p)
+        p_codes = (p * (1 << FRACTION_BITS)).round_()
+        p_sum = p_codes.sum(dim=-1, keepdim=True) / (1 << FRACTION_BITS)
+        total = total * keep + p_sum
         peak = new_peak
-    return (attended / total).view(shape)
+    out = (attended / total).view(items, heads, rows, group, head_dim)
+    return out.transpose(1, 2)
 
 
-def _tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum of the last dimension (SPLIT long) by halving, keepdim."""
-    while x.shape[-1] > 1:
-        low, high = x.chunk(2, dim=-1)
-        x = low + high
-    return x
+def _splits(
+    block_size: int, batch: _Batch, window: int | None
+) -> Iterator[tuple[int, int]]:
+    """Start and length of the splits some row of the batch sees, ascending."""
+    # Whole pages: SPLIT itself for every block size that divides it.
+    size = -(-SPLIT // block_size) * block_size
+    oldest = 0
+    if window is not None:
+        oldest = max(0, int(batch.first_position.min()) - window + 1)
+    for start in range(oldest // size * size, int(batch.seq_len.max()), size):
+        yield start, size
+
+
+def _read(
+    kv_cache: torch.Tensor,
+    tables: torch.Tensor,
+    start: int,
+    size: int,
+    seq_len: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One split of every item, float64: codes minus zero, and scale, of K and V.
+
+    Returns:
+        k ``[items, heads, size, head_dim]``, k_scale ``[items, heads, 1, size]``, and
+        v and v_scale alike. Tokens from seq_len on hold anything.
+    """
+    block_size = kv_cache.shape[2]
+    columns = torch.arange(start // block_size, (start + size) // block_size)
+    used = columns * block_size < seq_len.unsqueeze(1)
+    blocks = tables[:, columns.clamp(max=tables.shape[1] - 1)].where(used, 0)
+    items, pages = blocks.shape
+    cache = planes(kv_cache[blocks.flatten()])
+
+    def gather(plane: torch.Tensor) -> torch.Tensor:
+        """``[items * pages, heads, block_size, ...]`` to ``[items, heads, size, ...]``"""
+        return plane.unflatten(0, (items, pages)).transpose(1, 2).flatten(2, 3)
+
+    def side(
+        codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        unpacked = unpack_nibbles(gather(codes)).double()
+        centred = unpacked.sub_(gather(zero).unsqueeze(-1))
+        return centred, gather(scale).unsqueeze(2).double()
+
+    k, k_scale = side(cache.k_codes, cache.k_scale, cache.k_zero)
+    v, v_scale = side(cache.v_codes, cache.v_scale, cache.v_zero)
+    return k, k_scale, v, v_scale

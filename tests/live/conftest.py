@@ -49,7 +49,7 @@ def prompts() -> list[str]:
 
 
 @contextlib.contextmanager
-def _engine(**arguments: Any) -> Iterator[Any]:
+def _engine(multiprocessing: bool = False, **arguments: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -65,7 +65,7 @@ def _engine(**arguments: Any) -> Iterator[Any]:
     llm = None
     cores = sorted(os.sched_getaffinity(0))
     environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocessing)),
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
     }
     try:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same memory holds the computed multiple of bf16's tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ BYTES = 96 << 20
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_capacity_grows_by_the_computed_ratio(
-    engine: Any, tiny_llama: Any, head_dim: int
+    engine: Any, tiny_llama: Any, tmp_path: Path, head_dim: int
 ) -> None:
-    model = str(tiny_llama(head_dim=head_dim))
+    model = str(tiny_llama(tmp_path, head_dim=head_dim))
     blocks = {}
     for quantization in ("lowbit", None):
         with engine(

@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.live
 
-TOKENS = 24
+TOKENS = 40
 # 40 to 180 tokens each with a shared start, so that prefixes are worth caching.
 REPEATS = (4, 9, 2, 12, 6, 3, 10, 7)
 
@@ -74,30 +74,28 @@ def test_chunked_prefill(
         enable_prefix_caching=False,
         enable_chunked_prefill=True,
     ) as llm:
-        assert _run(llm, texts[: 3 if chunk == 1 else None], seqs)[0] == plain[
-            : 3 if chunk == 1 else None
-        ]
+        part = slice(2, 3) if chunk == 1 else slice(None)
+        assert _run(llm, texts[part], seqs)[0] == plain[part]
 
 
 def test_preemption(
     engine: Any, texts: list[str], dtype: str, plain: list[list[int]]
 ) -> None:
     """So few pages that running requests are thrown out and recomputed."""
-    blocks = 22
     with engine(
         dtype=dtype,
         max_model_len=320,
         block_size=32,
-        num_gpu_blocks_override=blocks,
+        num_gpu_blocks_override=20,
         enable_prefix_caching=False,
     ) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         preempted: list[str] = []
         preempt = scheduler._preempt_request
 
-        def count(request: Any, *arguments: Any) -> None:
+        def count(request: Any, *arguments: Any, **options: Any) -> None:
             preempted.append(request.request_id)
-            preempt(request, *arguments)
+            preempt(request, *arguments, **options)
 
         scheduler._preempt_request = count
         assert _run(llm, texts, 8)[0] == plain
@@ -107,7 +105,10 @@ def test_preemption(
 def test_ngram_speculation(
     engine: Any, texts: list[str], dtype: str, plain: list[list[int]]
 ) -> None:
+    if dtype == "float32":
+        pytest.skip("one dtype is enough for a scheduler feature")
     with engine(
+        multiprocessing=True,
         dtype=dtype,
         speculative_config={
             "method": "ngram",
