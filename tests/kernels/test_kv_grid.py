@@ -35,7 +35,9 @@ def test_arithmetic_is_the_documented_one(dtype: torch.dtype) -> None:
     expected_scale = np.clip(expected_scale, f32(2.0**-24), f32(65504))
     expected_scale = expected_scale.astype(np.float16)
     inverse = f32(1) / expected_scale.astype(f32)
-    expected_zero = (-low * inverse).astype(np.float16)
+    expected_zero = np.rint(np.clip(-low * inverse, -1024, 1024) * f32(64)) / f32(64)
+    assert expected_zero.dtype == f32
+    expected_zero = expected_zero.astype(np.float16)
     steps = v * inverse + expected_zero.astype(f32)
     expected = np.clip(np.rint(steps), 0, 15).astype(np.uint8)
     np.testing.assert_array_equal(scale.numpy(), expected_scale)
@@ -67,12 +69,24 @@ def test_error_bound(center: float, spread: float, seed: int) -> None:
     x = center + spread * torch.rand(64, generator=random)
     codes, scale, zero, decoded = through(x)
     assert int(codes.max()) <= 15
-    assert abs(zero.item()) <= 1025
+    assert abs(zero.item()) <= 1024
     half_ulp_of_zero = 2.0 ** (np.frexp(max(abs(zero.item()), 2**-14))[1] - 12)
-    lost = 15 * 2.0**-11 + half_ulp_of_zero
+    lost = 15 * 2.0**-11 + max(half_ulp_of_zero, 1 / 128)
     bound = scale.double() * max(0.5, lost) * (1 + 1e-3)
     slack = 4 * 2.0**-24 * x.abs().max()
     assert ((decoded.double() - x).abs() <= bound + slack).all()
+
+
+def test_zero_makes_sums_exact() -> None:
+    """``u - zero`` is a multiple of 1/64 of at most 17 bits, for any finite row."""
+    x = torch.randn(500, 64) * torch.logspace(-9, 6, 500).unsqueeze(-1)
+    x[::2] += 3000 * x[::2].abs().amax(-1, keepdim=True)
+    x[1::8] -= 100 * x[1::8].abs().amax(-1, keepdim=True)
+    codes, _, zero, _ = through(x)
+    steps = (codes.double() - zero.double()) * 64
+    assert torch.equal(steps, steps.round())
+    assert steps.abs().max() <= (1024 + 15) * 64 < 1 << 17
+    assert zero.abs().max() == 1024 and (zero % 1 != 0).any()
 
 
 def test_large_offset_widens_the_step() -> None:
@@ -83,7 +97,7 @@ def test_large_offset_widens_the_step() -> None:
         torch.testing.assert_close(
             scale.float(), torch.tensor([abs(center) / 1024]), rtol=1e-2, atol=0
         )
-        assert 1000 <= abs(zero.item()) <= 1025
+        assert 1000 <= abs(zero.item()) <= 1024
         assert (decoded - x).abs().max() <= scale.float() * 1.001
 
 
