@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
 from vllm_lowbit.calibrate.perplexity import perplexity, tokenize
 from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
 from vllm_lowbit.schema import SCHEME_NAMES, scheme_from_name
@@ -61,8 +62,8 @@ def _write(rows: dict[str, dict[str, float]], tokens: int, seq_len: int) -> None
     lines = [
         "# Perplexity with the flag alone",
         "",
-        f"WikiText-2 test, first {tokens} tokens, contexts of {seq_len}, float32 "
-        "reference model, quantized while loading without data. Lower is better.",
+        f"WikiText-2 test, first {tokens} tokens, contexts of {seq_len}; reference",
+        "model in float32, quantized while loading, without data. Lower is better.",
         "",
         f"`python -m benchmarks.accuracy`: {as_line(environment)}",
         "",

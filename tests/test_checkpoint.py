@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -362,7 +363,33 @@ def test_files_in_order(originals: dict[str, Path]) -> None:
     assert safetensors_files(directory) == [directory / FIRST, directory / SECOND]
 
 
-def test_hub_name_is_left_to_the_loader(originals: dict[str, Path]) -> None:
-    config = json.loads((originals["one"] / "config.json").read_text())
-    shape = LlamaShape.from_config(config, "config.json")
-    check_plain_checkpoint("some-organisation/some-model", shape)
+def test_hub_model_is_checked_once_it_is_on_disk(
+    originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker fetches the files, and checks them before any layer exists."""
+    config_module = pytest.importorskip("vllm_lowbit.config")
+    hf_config = json.loads((originals["one"] / "config.json").read_text())
+    hf_config["num_hidden_layers"] += 1  # so that a layer is missing
+    name = "some-organisation/some-model"
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=name,
+            revision="main",
+            hf_config=SimpleNamespace(to_dict=lambda: hf_config),
+        ),
+        load_config=SimpleNamespace(load_format="auto", download_dir=None),
+    )
+    fetched = []
+
+    def fetch(model: str, **options: object) -> str:
+        fetched.append((model, options["revision"]))
+        return str(originals["one"])
+
+    monkeypatch.setattr(config_module, "snapshot_download", fetch)
+    monkeypatch.setattr(config_module, "get_current_vllm_config", lambda: engine)
+    monkeypatch.setattr(config_module, "refuse_engine_options", lambda *_: None)
+    config = config_module.LowbitQuantizationConfig()
+    config.maybe_update_config(name, engine.model_config.hf_config)
+    with pytest.raises(CheckpointError, match="layers.2.*missing|missing.*layers.2"):
+        config.get_quant_method(torch.nn.Linear(1, 1), "linear")
+    assert fetched == [(name, "main")]

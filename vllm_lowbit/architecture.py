@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import UnsupportedError
 from .kernels.hadamard.matrices import exists, largest_order
+from .kernels.kv4_store.layout import HEAD_DIMS
 from .schema import Rotation, Rotations, Scheme
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
@@ -132,6 +133,12 @@ def check_scheme(shape: LlamaShape, scheme: Scheme, source: str) -> None:
         raise UnsupportedError(
             f"{source}: head_dim {shape.head_dim} has no Hadamard matrix"
         )
+    if scheme.kv_cache.bits != 16 and shape.head_dim not in HEAD_DIMS:
+        raise UnsupportedError(
+            f"{source}: head_dim {shape.head_dim} has no {scheme.kv_cache.bits}-bit "
+            f"cache, supported: {', '.join(map(str, HEAD_DIMS))}; choose a scheme "
+            "without kv, such as w4a4"
+        )
     inputs = {
         "hidden_size": shape.hidden_size,
         "num_attention_heads * head_dim": shape.num_heads * shape.head_dim,
@@ -147,8 +154,9 @@ def check_scheme(shape: LlamaShape, scheme: Scheme, source: str) -> None:
 def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotations:
     """The rotations of a plain checkpoint quantized while loading.
 
-    Every linear gets an online Hadamard on its input. Those of o_proj and down_proj
-    stay inside one of T blocks, T being 8 or the largest divisor of it that leaves a
+    Every linear gets an online Hadamard on its input (o_proj's mixes heads, where
+    their number has a Hadamard order). Those of o_proj and down_proj stay inside one
+    of T blocks, T being 8 or the largest divisor of it that leaves a
     Hadamard order, so that any tensor parallel size that divides T computes the same
     function.
 

@@ -17,19 +17,16 @@ INDEX = "model.safetensors.index.json"
 
 
 def check_plain_checkpoint(model: str, shape: LlamaShape) -> None:
-    """Check that a local plain checkpoint holds the model, before it is loaded.
+    """Check that a plain checkpoint on disk holds the model, before it is loaded.
 
     Names, shapes and dtypes come from the safetensors headers; one-dimensional
     tensors (norms and biases, which no layer method of ours sees) are also read and
-    checked to be finite. A model that is not a local directory is left to the checks
-    while loading.
+    checked to be finite.
 
     Raises:
         CheckpointError: naming the file and the tensor.
     """
     directory = Path(model)
-    if not directory.is_dir():
-        return
     expected = shape.tensors()
     seen: dict[str, Path] = {}
     for path in safetensors_files(directory):

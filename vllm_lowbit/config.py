@@ -2,9 +2,11 @@
 """The quantization config vLLM builds for ``--quantization lowbit``."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from huggingface_hub import snapshot_download
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -19,7 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from .architecture import LlamaShape, check_scheme, flag_only_rotations
-from .checkpoint import check_plain_checkpoint
+from .checkpoint import INDEX, check_plain_checkpoint
 from .errors import ConfigError, UnsupportedError
 from .refusals import refuse_attention, refuse_engine_options
 from .schema import LoadTimeOptions, LowbitConfig, scheme_from_name
@@ -111,7 +113,9 @@ class LowbitQuantizationConfig(QuantizationConfig):
         check_scheme(shape, self.scheme, source)
         rotations = flag_only_rotations(shape, self.scheme, source)
         self._resolved = LowbitConfig(scheme=self.scheme, rotations=rotations)
-        check_plain_checkpoint(model_name, shape)
+        # A model of a hub is checked in the worker, once it is on disk.
+        if Path(model_name).is_dir():
+            check_plain_checkpoint(model_name, shape)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
@@ -141,6 +145,16 @@ class LowbitQuantizationConfig(QuantizationConfig):
             return
         vllm_config = get_current_vllm_config()
         refuse_engine_options(vllm_config, self.resolved)
+        model, load = vllm_config.model_config, vllm_config.load_config
+        if load.load_format != "dummy" and not Path(model.model).is_dir():
+            directory = snapshot_download(
+                model.model,
+                revision=model.revision,
+                cache_dir=load.download_dir,
+                allow_patterns=["*.safetensors", INDEX],
+            )
+            shape = LlamaShape.from_config(model.hf_config.to_dict(), model.model)
+            check_plain_checkpoint(directory, shape)
         if vllm_config.load_config.load_format == "auto":
             # "auto" falls back to pickled *.bin files, and prefers
             # consolidated*.safetensors to the files that were checked.

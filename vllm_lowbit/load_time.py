@@ -94,13 +94,15 @@ def equalizing_scale(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 ``[k]`` with geometric mean about 1; 1 for all-zero columns.
     """
-    energy = weight.float().square().mean(dim=0)
+    energy = weight.new_zeros(weight.shape[1], dtype=torch.float64)
+    for rows in weight.split(_rows_at_a_time(weight.shape[1])):
+        energy += rows.double().square().sum(dim=0)
     live = energy > 0
-    exponent = torch.log2(energy.clamp(min=1e-38)) / 2
+    exponent = torch.log2(energy.where(live, 1.0)) / 2
     if bool(live.any()):
         exponent = exponent - exponent[live].mean()
-    exponent = torch.where(live, exponent.round().clamp(-16, 16), 0.0)
-    return torch.exp2(exponent)
+    exponent = exponent.round().clamp(-16, 16).where(live, 0.0)
+    return torch.exp2(exponent).float()
 
 
 def fold(
@@ -156,20 +158,34 @@ def quantize_linear(
         parts: transforms of each; they share the online input transform.
         weights: the grid.
     """
+    n, k = weight.shape
     online = parts[0].online_input
     scaled = online is not None and online.scaled
     input_scale = equalizing_scale(weight) if scaled else None
     grid = IntGrid(weights.bits, weights.symmetric)
-    done = [
-        quantize_weight(fold(rows, around, input_scale), grid, weights.group_size)
-        for rows, around in zip(weight.split(list(sizes)), parts, strict=True)
-    ]
-    codes, scale, zero_point = (
-        torch.cat(tensors) for tensors in zip(*done, strict=True)
-    )
+    groups = 1 if weights.group_size is None else k // weights.group_size
+    codes = weight.new_empty(n, k, dtype=torch.int8)
+    scale = weight.new_empty(n, groups, dtype=torch.float32)
+    zero_point = weight.new_empty(n, groups, dtype=torch.int32)
+    # A few rows at a time: float copies of a whole layer would cost more memory than
+    # quantizing saves. An output transform keeps its blocks of rows together.
+    end = 0
+    for size, around in zip(sizes, parts, strict=True):
+        block = 1 if around.output is None else around.output.block
+        step = -(-_rows_at_a_time(k) // block) * block
+        start, end = end, end + size
+        for first in range(start, end, step):
+            rows = slice(first, min(first + step, end))
+            codes[rows], scale[rows], zero_point[rows] = quantize_weight(
+                fold(weight[rows], around, input_scale), grid, weights.group_size
+            )
     return QuantizedWeight(
         codes, scale, None if weights.symmetric else zero_point, input_scale
     )
+
+
+def _rows_at_a_time(columns: int) -> int:
+    return max(1, (1 << 19) // columns)
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:

@@ -179,7 +179,8 @@ def _read(
     cache = planes(kv_cache[blocks.flatten()])
 
     def gather(plane: torch.Tensor) -> torch.Tensor:
-        """``[items * pages, heads, block_size, ...]`` to ``[items, heads, size, ...]``"""
+        """Join the pages: ``[items * pages, heads, block_size, ...]`` in,
+        ``[items, heads, size, ...]`` out."""
         return plane.unflatten(0, (items, pages)).transpose(1, 2).flatten(2, 3)
 
     def side(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from vllm_lowbit.kernels.kv4_store.reference import kv4_store
+from vllm_lowbit.kernels.kv4_store.generic import kv4_store
 
 ROW_COUNTS = (1, 2, 3, 16, 17, 64, 255, 256, 257)
 UNUSED_PAGE = 1 << 30

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from vllm_lowbit.kernels.hadamard.matrices import matrix
 from vllm_lowbit.kernels.kv4_attention import generic, reference
+from vllm_lowbit.kernels.kv4_store.generic import kv4_store
 from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
-from vllm_lowbit.kernels.kv4_store.reference import kv4_store
 
 both = pytest.mark.parametrize(
     "attention",

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from vllm_lowbit.kernels.kv4_attention import generic, reference
 from vllm_lowbit.kernels.kv4_attention.generic import kv4_attention
+from vllm_lowbit.kernels.kv4_store.generic import kv4_store
 from vllm_lowbit.kernels.kv4_store.layout import planes
-from vllm_lowbit.kernels.kv4_store.reference import kv4_store
 
 both = pytest.mark.parametrize(
     "attention",
@@ -90,6 +90,21 @@ def test_number_of_sequences(kv_batch: Callable[..., Any]) -> None:
     for count in (1, 2, 3, 16, 17, 64, 255, 256):
         first = batch.reordered(range(count)).attend(kv4_attention)
         assert torch.equal(first, whole[:count])
+
+
+@pytest.mark.parametrize("window", [None, 40, 300])
+def test_decoding_sequences_of_any_length_together(
+    window: int | None, kv_batch: Callable[..., Any]
+) -> None:
+    """Lengths on both sides of splits, windows that begin in different ones."""
+    lengths = [700, 1, 256, 30, 257, 513, 255, 600]
+    batch = kv_batch(lengths, [1] * 8)
+    whole = batch.attend(kv4_attention, window=window)
+    expected = batch.attend(reference.kv4_attention, window=window)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-6)
+    for i in range(8):
+        alone = batch.reordered([i]).attend(kv4_attention, window=window)
+        assert torch.equal(alone, whole[batch.rows(i)])
 
 
 @both

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllm_lowbit.kernels.kv4_store.layout import bytes_per_token
 
 pytestmark = pytest.mark.live

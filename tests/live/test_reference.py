@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
 from vllm_lowbit.schema import scheme_from_name
 

@@ -19,6 +19,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
 from vllm_lowbit.kernels.hadamard_quantize.reference import hadamard_quantize
 from vllm_lowbit.kernels.kv4_store.layout import bytes_per_token
