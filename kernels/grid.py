@@ -102,7 +102,9 @@ class IntGrid:
             scale = peak * clip_ratio / self.code_max
         else:
             low_, high_ = low.clamp(max=0.0), high.clamp(min=0.0)
-            scale = (high_ - low_) * clip_ratio / (self.code_max - self.code_min)
+            levels = self.code_max - self.code_min
+            # Halves, so that the difference of two large values does not overflow.
+            scale = (high_ * 0.5 - low_ * 0.5) * clip_ratio / (levels * 0.5)
         scale = _settle(scale, low, high, peak)
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
         if not self.symmetric:
@@ -153,7 +155,9 @@ def kv_parameters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
     peak = torch.maximum(high, -low)
-    scale = torch.maximum((high - low) / KV_LEVELS, peak / KV_MAX_ZERO)
+    # Halves, so that the difference of two large values does not overflow.
+    spread = (high * 0.5 - low * 0.5) / (KV_LEVELS * 0.5)
+    scale = torch.maximum(spread, peak / KV_MAX_ZERO)
     scale = _settle(scale, low, high, peak)
     scale = scale.clamp(KV_SCALE_MIN, KV_SCALE_MAX).half()
     zero = -low * (1.0 / scale.float())

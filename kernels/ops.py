@@ -37,14 +37,14 @@ def _linear_out(
 _register(
     "hadamard(Tensor x, Tensor? input_scale, int order, int stride) -> Tensor",
     transform,
-    lambda x, input_scale, order, stride: torch.empty_like(x, dtype=torch.float32),
+    lambda x, *arguments: x.new_empty(x.shape, dtype=torch.float32),
 )
 _register(
     "hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
     " int bits, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero_point)",
     hadamard_quantize,
     lambda x, *arguments: (
-        torch.empty_like(x, dtype=torch.int8),
+        x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty((x.shape[0], 1), dtype=torch.float32),
         x.new_empty((x.shape[0], 1), dtype=torch.int32),
     ),

@@ -37,7 +37,6 @@ PUBLIC = {
     "vllm.v1.attention.backend.AttentionMetadata",
     "vllm.v1.attention.backend.AttentionMetadataBuilder",
     "vllm.v1.attention.backend.AttentionType",
-    "vllm.v1.attention.backend.MultipleOf",
 }
 
 # Which variables of our modules hold an object of which symbol.

@@ -326,7 +326,6 @@ class TestQuantizeLinear:
                 assert torch.equal(done.zero_point[rows], zero_point)
             start += size
 
-    @pytest.mark.xfail(strict=True, reason="scales are taken before the folded input")
     def test_scale_is_that_of_the_folded_columns(self) -> None:
         """The online transform sees the columns after the folded input's inverse."""
         weight = uneven(64, 96)

@@ -15,7 +15,6 @@ from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
@@ -131,8 +130,8 @@ class KV4AttentionBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(
         kv_cache_spec: object = None,
-    ) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
+    ) -> list[int]:
+        return [16, 32, 64, 128, 256]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

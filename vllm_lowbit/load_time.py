@@ -78,7 +78,9 @@ def rotations_of(rotations: Rotations, role: str) -> LinearRotations:
     raise ValueError(f"no linear has the role {role!r}")
 
 
-def equalizing_scale(weight: torch.Tensor) -> torch.Tensor:
+def equalizing_scale(
+    weight: torch.Tensor, folded_input: Rotation | None = None
+) -> torch.Tensor:
     """Powers of two that bring the columns of a weight to about one magnitude.
 
     Dividing the columns by them and multiplying the input changes nothing in exact
@@ -90,12 +92,15 @@ def equalizing_scale(weight: torch.Tensor) -> torch.Tensor:
 
     Args:
         weight: ``[n, k]``, all linears that share the input stacked.
+        folded_input: transform that is undone on the columns first.
 
     Returns:
         float32 ``[k]`` with geometric mean about 1; 1 for all-zero columns.
     """
     energy = weight.new_zeros(weight.shape[1], dtype=torch.float64)
     for rows in weight.split(_rows_at_a_time(weight.shape[1])):
+        if folded_input is not None:
+            rows = hadamard(rows, folded_input.order, folded_input.stride)
         energy += rows.double().square().sum(dim=0)
     live = energy > 0
     exponent = torch.log2(energy.where(live, 1.0)) / 2
@@ -161,7 +166,9 @@ def quantize_linear(
     n, k = weight.shape
     online = parts[0].online_input
     scaled = online is not None and online.scaled
-    input_scale = equalizing_scale(weight) if scaled else None
+    input_scale = None
+    if scaled:
+        input_scale = equalizing_scale(weight, parts[0].folded_input)
     grid = IntGrid(weights.bits, weights.symmetric)
     groups = 1 if weights.group_size is None else k // weights.group_size
     codes = weight.new_empty(n, k, dtype=torch.int8)

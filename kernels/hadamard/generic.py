@@ -23,7 +23,7 @@ FRACTION_BITS = 30
 def hadamard(
     x: torch.Tensor, order: int, stride: int = 1, *, transpose: bool = False
 ) -> torch.Tensor:
-    """As the reference, returned in float32; non-finite blocks become NaN."""
+    """As the reference, returned in float32; an Inf or NaN spreads over its block."""
     check_blocks(x.shape[-1], order, stride)
     blocks = x.unflatten(-1, (-1, order, stride)).transpose(-1, -2)
     integers, unit = fixed_point(blocks, FRACTION_BITS)

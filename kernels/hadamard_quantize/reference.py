@@ -12,7 +12,10 @@ def transform(
 ) -> torch.Tensor:
     """``H (input_scale * x)`` in float32; arguments as in :func:`hadamard_quantize`."""
     scaled = x.float() if input_scale is None else x.float() * input_scale
-    return scaled if order == 1 else hadamard(scaled, order, stride)
+    if order > 1:
+        return hadamard(scaled, order, stride)
+    # Never the input itself: an op's result must not alias its argument.
+    return scaled.clone() if scaled is x else scaled.contiguous()
 
 
 def hadamard_quantize(

@@ -16,10 +16,13 @@ import torch
 from ..exact import fixed_point
 from ..hadamard.generic import hadamard
 from ..kv4_store.layout import planes, unpack_nibbles
+from .reference import check_heads
 
 SPLIT = 256
 QUERY_BLOCK = 128
 FRACTION_BITS = 28
+# Sums of SPLIT terms without a factor may be finer.
+SUM_BITS = 44
 # Cached elements of K unpacked at a time, over all sequences of a batch.
 _BATCH_ELEMENTS = 1 << 22
 
@@ -36,7 +39,10 @@ def kv4_attention(
     rotate_query: bool,
 ) -> torch.Tensor:
     """As the reference."""
-    num_kv_heads = kv_cache.shape[1]
+    check_heads(query, kv_cache)
+    num_kv_heads, block_size = kv_cache.shape[1:3]
+    if block_size > SPLIT:
+        raise ValueError(f"block_size must be at most {SPLIT}, got {block_size}")
     rotated = hadamard(query, query.shape[-1]) if rotate_query else query.float()
     q = rotated.unflatten(1, (num_kv_heads, -1))
     out = torch.empty_like(query)
@@ -134,12 +140,17 @@ def _attend(
         shift = new_peak.masked_fill(new_peak == -torch.inf, 0.0)
         keep = torch.exp(peak - shift)
         p = torch.exp(scores - shift)
-        weights, unit = fixed_point(p * v_scale.where(live, 0.0), FRACTION_BITS)
-        values = weights @ v.where(live.transpose(2, 3), 0.0)
+        # 0 * NaN is NaN: what a row does not see is cleared before it is multiplied.
+        bad = ~torch.isfinite(v_scale + v[..., :1].transpose(2, 3)) & live
+        usable = live & ~bad
+        weights, unit = fixed_point(p * v_scale.where(usable, 0.0), FRACTION_BITS)
+        values = weights @ v.where(usable.transpose(2, 3), 0.0)
         attended = attended * keep + values * unit
-        p_codes = (p * (1 << FRACTION_BITS)).round_()
-        p_sum = p_codes.sum(dim=-1, keepdim=True) / (1 << FRACTION_BITS)
-        total = total * keep + p_sum
+        if bool(bad.any()):
+            seen = (bad & ~hidden).any(dim=-1, keepdim=True)
+            attended = attended.masked_fill(seen, torch.nan)
+        p_codes, p_unit = fixed_point(p, SUM_BITS)
+        total = total * keep + p_codes.sum(dim=-1, keepdim=True) * p_unit
         peak = new_peak
     out = (attended / total).view(items, heads, rows, group, head_dim)
     return out.transpose(1, 2)

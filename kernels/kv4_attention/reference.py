@@ -42,6 +42,15 @@ def read_sequence(
     )
 
 
+def check_heads(query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+    """Raise ValueError unless the query heads share the KV heads evenly."""
+    if query.shape[1] % kv_cache.shape[1]:
+        raise ValueError(
+            f"num_heads {query.shape[1]} is not a multiple of num_kv_heads "
+            f"{kv_cache.shape[1]}"
+        )
+
+
 def kv4_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -77,11 +86,7 @@ def kv4_attention(
     """
     out = torch.empty_like(query)
     num_kv_heads = kv_cache.shape[1]
-    if query.shape[1] % num_kv_heads:
-        raise ValueError(
-            f"num_heads {query.shape[1]} is not a multiple of num_kv_heads "
-            f"{num_kv_heads}"
-        )
+    check_heads(query, kv_cache)
     starts = query_start_loc.tolist()
     for i, seq_len in enumerate(seq_lens.tolist()):
         rows = slice(starts[i], starts[i + 1])
@@ -98,6 +103,12 @@ def kv4_attention(
         if sliding_window is not None:
             hidden |= token <= position - sliding_window
         probabilities = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        attended = torch.einsum("hgqt,htd->qhgd", probabilities, v)
+        # 0 * NaN is NaN: a value that is hidden from a row must not reach it.
+        bad = ~torch.isfinite(v).all(dim=-1)
+        attended = torch.einsum(
+            "hgqt,htd->qhgd", probabilities, v.masked_fill(bad.unsqueeze(-1), 0.0)
+        )
+        poisoned = torch.einsum("ht,qt->qh", bad.double(), (~hidden).double()) > 0
+        attended[poisoned] = torch.nan
         out[rows] = attended.flatten(1, 2).to(query.dtype)
     return out

@@ -4,7 +4,7 @@
 import torch
 
 from ..exact import exact_matmul
-from .reference import epilogue
+from .reference import check_groups, check_int32, epilogue
 
 
 def prepare(
@@ -42,7 +42,12 @@ def accumulators(
         groups: number of groups along k.
         code_max: bound on ``|codes - zero_point|``.
         weight_max: bound on ``|weight|``.
+
+    Raises:
+        ValueError: when the groups do not divide k, or sums might not fit int32.
     """
+    check_groups(codes, weight, groups)
+    check_int32(code_max * weight_max * (weight.shape[1] // groups))
     a = codes.to(torch.int16) - zero_point.to(torch.int16)
     size = weight.shape[1] // groups
     parts = [

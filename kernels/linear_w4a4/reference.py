@@ -24,19 +24,36 @@ def accumulators(
         groups: number of groups along k.
 
     Raises:
-        ValueError: when the groups do not divide k.
+        ValueError: when the groups do not divide k, or a sum does not fit int32.
     """
-    if codes.shape[-1] != weight.shape[-1] or codes.shape[-1] % groups:
-        raise ValueError(
-            f"activations have {codes.shape[-1]} columns, the weight "
-            f"{weight.shape[-1]}, in {groups} groups"
-        )
+    check_groups(codes, weight, groups)
     # float64 holds these sums exactly.
     a = (codes.double() - zero_point).unflatten(-1, (groups, -1))
     w = weight.double().unflatten(-1, (groups, -1))
     if weight_zero_point is not None:
         w = w - weight_zero_point.double().unsqueeze(-1)
-    return torch.einsum("mgk,ngk->mgn", a, w).to(torch.int32)
+    sums = torch.einsum("mgk,ngk->mgn", a, w)
+    if sums.numel():
+        check_int32(int(sums.abs().max()))
+    return sums.to(torch.int32)
+
+
+def check_groups(x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
+    """Raise ValueError unless x and the weight have the same whole groups."""
+    if x.shape[-1] != weight.shape[-1] or x.shape[-1] % groups:
+        raise ValueError(
+            f"activations have {x.shape[-1]} columns, the weight "
+            f"{weight.shape[-1]}, in {groups} groups"
+        )
+
+
+def check_int32(magnitude: int) -> None:
+    """Raise ValueError when sums of this magnitude do not fit an accumulator."""
+    if magnitude > 2**31 - 1:
+        raise ValueError(
+            f"accumulators of magnitude {magnitude} do not fit int32; use narrower "
+            "codes or smaller groups"
+        )
 
 
 def epilogue(

@@ -9,6 +9,7 @@ not depend on the batch, which no float GEMM library promises.
 import torch
 
 from ..exact import exact_matmul, fixed_point
+from ..linear_w4a4.reference import check_groups
 
 FRACTION_BITS = 28
 
@@ -26,8 +27,9 @@ def linear_wna16(
     Args:
         weight_max: bound on ``|weight|``.
     """
-    integers, unit = fixed_point(x, FRACTION_BITS)
     groups = weight_scale.shape[1]
+    check_groups(x, weight, groups)
+    integers, unit = fixed_point(x, FRACTION_BITS)
     size = weight.shape[1] // groups
     total = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
     for group in range(groups):

@@ -3,6 +3,8 @@
 
 import torch
 
+from ..linear_w4a4.reference import check_groups
+
 
 def linear_wna16(
     x: torch.Tensor,
@@ -26,11 +28,7 @@ def linear_wna16(
         ValueError: when the groups do not divide k.
     """
     groups = weight_scale.shape[1]
-    if x.shape[-1] != weight.shape[-1] or weight.shape[-1] % groups:
-        raise ValueError(
-            f"activations have {x.shape[-1]} columns, the weight "
-            f"{weight.shape[-1]}, in {groups} groups"
-        )
+    check_groups(x, weight, groups)
     w = weight.double().unflatten(-1, (groups, -1))
     if weight_zero_point is not None:
         w = w - weight_zero_point.double().unsqueeze(-1)

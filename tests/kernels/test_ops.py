@@ -131,7 +131,6 @@ def test_fakes_of_other_row_layouts(name: str, form: str) -> None:
     torch.library.opcheck(operator(name), (x, None, 64, 1, *rest))
 
 
-@pytest.mark.xfail(strict=True, reason="the fake keeps strides, the kernel does not")
 @pytest.mark.parametrize("name", ["hadamard", "hadamard_quantize"])
 def test_fakes_of_transposed_rows(name: str) -> None:
     rest = (4, False) if name == "hadamard_quantize" else ()
@@ -139,7 +138,6 @@ def test_fakes_of_transposed_rows(name: str) -> None:
     torch.library.opcheck(operator(name), arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="order 1 without a scale returns its input")
 def test_nothing_to_transform_is_not_an_alias() -> None:
     """An op may return its input only when its schema says so."""
     torch.library.opcheck(operator("hadamard"), (torch.randn(3, 64), None, 1, 1))

@@ -2,16 +2,21 @@
 """Engines inside the test process: the same worker code as a server, in seconds."""
 
 import contextlib
+import datetime
 import gc
+import json
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-MODEL = Path(__file__).parents[2] / "models" / "ref-7m"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "ref-7m"
+RESULTS = ROOT / "benchmarks" / "results"
 PROMPTS = [
     "The old house stood at the end of the lane, and",
     "In the morning the rain had stopped. She opened the window and",
@@ -34,6 +39,24 @@ PROMPTS = [
     "A small boy was sitting on the step, eating",
     "The storm formed over the Atlantic on",
 ]
+
+
+@pytest.fixture(scope="session")
+def agreement() -> Iterator[dict[str, Any]]:
+    """What the tests of the reference measured; with LOWBIT_WRITE_RESULTS set, the
+    committed result is written anew."""
+    measured: dict[str, Any] = {}
+    yield measured
+    if os.environ.get("LOWBIT_WRITE_RESULTS"):
+        environment = {
+            "date": datetime.date.today().isoformat(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            **{name: version(name) for name in ("torch", "vllm", "vllm-lowbit")},
+        }
+        command = "LOWBIT_WRITE_RESULTS=1 .venv/bin/pytest tests/live/test_reference.py"
+        result = {"command": command, "environment": environment, **measured}
+        path = RESULTS / "agreement.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 @pytest.fixture(scope="session")

