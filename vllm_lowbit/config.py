@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from huggingface_hub import snapshot_download
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import (
@@ -131,7 +130,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return LowbitLinearMethod(self.resolved, prefix)
         if isinstance(layer, AttentionLayerBase):
-            if self.scheme.kv_cache.bits == 16 and type(layer) is Attention:
+            if self.scheme.kv_cache.bits == 16:
                 return None
             refuse_attention(layer, prefix)
             return KV4CacheMethod(self, self.resolved)

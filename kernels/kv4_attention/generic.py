@@ -3,8 +3,8 @@
 
 Flash-attention style: splits of SPLIT tokens at fixed positions, merged in ascending
 order. Inside a split every sum is one of integers that float64 holds exactly (queries
-and probabilities rounded to 28-bit fixed point, codes minus zeros being multiples of
-1/64), so a row is bitwise the same for any batch, chunk, page table or thread count.
+and probabilities in two parts of 28-bit fixed point, codes minus zeros being multiples
+of 1/64), so a row is bitwise the same for any batch, chunk, page table or thread count.
 Decoding sequences run together; only one split of each is unpacked at a time.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..exact import fixed_point
+from ..exact import fixed_point, order_free_matmul
 from ..hadamard.generic import hadamard
 from ..kv4_store.layout import planes, unpack_nibbles
 from .reference import check_heads
@@ -116,11 +116,10 @@ def _attend(
     """Attention of ``q [items, rows, heads, group, head_dim]``; same shape."""
     items, rows, heads, group, head_dim = q.shape
     q = q.transpose(1, 2).reshape(items, heads, rows * group, head_dim)
-    q_codes, q_unit = fixed_point(q, FRACTION_BITS)
-    q_unit = q_unit * softmax_scale
-    peak = torch.full_like(q_unit, -torch.inf)
-    total = torch.zeros_like(q_unit)
-    attended = torch.zeros_like(q_codes)
+    q = q.double()
+    peak = torch.full_like(q[..., :1], -torch.inf)
+    total = torch.zeros_like(peak)
+    attended = torch.zeros_like(q)
     positions = batch.positions()
     for start, size in _splits(kv_cache.shape[2], batch, window):
         tokens = torch.arange(start, start + size)
@@ -131,7 +130,8 @@ def _attend(
         if window is not None:
             hidden |= tokens <= positions - window
         hidden = hidden.repeat_interleave(group, dim=1).unsqueeze(1)
-        scores = (q_codes @ k.transpose(2, 3)) * k_scale * q_unit
+        products = order_free_matmul(q, k.transpose(2, 3), FRACTION_BITS)
+        scores = products * (k_scale * softmax_scale)
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         scores = scores.masked_fill_(hidden, -torch.inf)
@@ -143,9 +143,9 @@ def _attend(
         # 0 * NaN is NaN: what a row does not see is cleared before it is multiplied.
         bad = ~torch.isfinite(v_scale + v[..., :1].transpose(2, 3)) & live
         usable = live & ~bad
-        weights, unit = fixed_point(p * v_scale.where(usable, 0.0), FRACTION_BITS)
-        values = weights @ v.where(usable.transpose(2, 3), 0.0)
-        attended = attended * keep + values * unit
+        weights = p * v_scale.where(usable, 0.0)
+        v = v.where(usable.transpose(2, 3), 0.0)
+        attended = attended * keep + order_free_matmul(weights, v, FRACTION_BITS)
         if bool(bad.any()):
             seen = (bad & ~hidden).any(dim=-1, keepdim=True)
             attended = attended.masked_fill(seen, torch.nan)

@@ -16,11 +16,9 @@ pytestmark = pytest.mark.live
 
 TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "wikitext-2" / "test.txt"
 
-# Of a position, the largest difference of a log-probability to the reference's. A
-# last bit of float32 rarely falls on a tie and flips a code, and with it the rest of
-# a sequence; so nine positions in ten are held to it.
-EPS = {torch.float32: 1e-3, torch.bfloat16: 0.125}
-MOST = 0.9
+# Largest difference of a log-probability to the reference's. In bfloat16 the logits
+# themselves, up to 16 in magnitude, are 1/16 apart.
+EPS = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 class _ServedReference(ReferenceLlama):
@@ -150,12 +148,15 @@ def test_float32_eager_is_the_reference(
         easier = _expected(_reference(model, scheme), greedy.sequences)
         differences[scheme] = _differences(greedy.logits, easier)
     agreement["float32 eager"] = {
-        f"median log-probability difference to {scheme}": float(values.median())
+        f"{scheme} reference": {
+            "largest log-probability difference": float(values.max()),
+            "median over positions": float(values.median()),
+        }
         for scheme, values in differences.items()
     }
-    assert (differences["w4a4kv4"] < eps).float().mean() > MOST
-    assert (differences["w4a16kv4"] > 10 * eps).float().mean() > MOST
-    assert (differences["w4a4"] > 10 * eps).float().mean() > MOST
+    assert differences["w4a4kv4"].max() < eps
+    assert (differences["w4a16kv4"] > 10 * eps).float().mean() > 0.9
+    assert (differences["w4a4"] > 10 * eps).float().mean() > 0.9
 
 
 def test_float32_compiled_differs_only_within_its_noise(
@@ -177,15 +178,14 @@ def test_float32_compiled_differs_only_within_its_noise(
 def test_bfloat16_eager_is_the_reference(
     engine: Any, score: Any, model: str, greedy: Any, agreement: dict[str, Any]
 ) -> None:
-    """Up to the last bit of bfloat16 logits: near 16 they are 1/16 apart."""
+    """Up to the last bit of its logits."""
     reference = _reference(model, "w4a4kv4", torch.bfloat16)
     with engine(dtype="bfloat16") as llm:
         served = score(llm, greedy.sequences)
     mirrored = _expected(reference, greedy.sequences)
     noise, gaps, positions = _compare(served, mirrored)
     agreement["bfloat16 eager"] = _summary(noise, gaps, positions)
-    close = _differences(served, mirrored) < EPS[torch.bfloat16]
-    assert close.float().mean() > MOST
+    assert noise < EPS[torch.bfloat16]
     assert len(gaps) <= 0.02 * positions
     assert all(gap < 2 * noise for gap in gaps)
 
