@@ -212,7 +212,12 @@ def scheme_from_name(name: str, activations_symmetric: bool = False) -> Scheme:
     return _parse(
         Scheme,
         {
-            "weights": {"bits": weight_bits, "group_size": group_size},
+            "weights": {
+                "bits": weight_bits,
+                # Of 4 or 8 levels, symmetric codes would leave one unused.
+                "symmetric": weight_bits > 3,
+                "group_size": group_size,
+            },
             "activations": {
                 "bits": activation_bits,
                 "symmetric": activations_symmetric,

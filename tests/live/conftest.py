@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.schema import scheme_from_name
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "ref-7m"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,6 +72,57 @@ def model() -> str:
 def prompts() -> list[str]:
     """Twenty prompts of novels and articles."""
     return PROMPTS
+
+
+class _ServedReference(ReferenceLlama):
+    """The reference with vLLM's own norm, activation and RoPE in between.
+
+    They are not ours, and a last bit of theirs can flip a code.
+    """
+
+    def _add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from vllm import ir
+
+        weight = self.tensors[f"{name}.weight"].to(self.dtype)
+        x = x.to(self.dtype)
+        if not residual.any():
+            return ir.ops.rms_norm(x, weight, self.eps, None).float(), x.float()
+        normed, residual = ir.ops.fused_add_rms_norm(
+            x, residual.to(self.dtype), weight, self.eps, None
+        )
+        return normed.float(), residual.float()
+
+    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        from vllm.model_executor.layers.activation import SiluAndMul
+
+        return SiluAndMul.forward_native(gate_up.to(self.dtype)).float()
+
+    def _rope(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        from vllm import _custom_ops as ops
+
+        half = x.shape[-1] // 2
+        table = torch.cat((cos[:, :half], sin[:, :half]), -1).to(self.dtype)
+        rotated = x.flatten(1).to(self.dtype).clone()
+        positions = torch.arange(len(x))
+        ops.rotary_embedding(
+            positions, rotated, rotated.clone(), x.shape[-1], table, True
+        )
+        return rotated.view_as(x).float()
+
+
+@pytest.fixture(scope="session")
+def served_reference(model: str) -> Any:
+    """``served_reference(scheme, dtype)``: the reference of an eager server."""
+
+    def build(scheme: str, dtype: torch.dtype = torch.float32) -> ReferenceLlama:
+        config = load_time_config(model, scheme_from_name(scheme))
+        return _ServedReference(model, config, dtype)
+
+    return build
 
 
 @contextlib.contextmanager

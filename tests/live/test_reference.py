@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from vllm_lowbit.calibrate.perplexity import tokenize
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
-from vllm_lowbit.schema import scheme_from_name
+from vllm_lowbit.calibrate.reference_model import ReferenceLlama
 
 pytestmark = pytest.mark.live
 
@@ -21,58 +20,9 @@ TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "wikitext-2" / "test.
 EPS = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
-class _ServedReference(ReferenceLlama):
-    """The reference with vLLM's own norm, activation and RoPE in between.
-
-    They are not ours, and a last bit of theirs can flip a code.
-    """
-
-    def _add_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, name: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        from vllm import ir
-
-        weight = self.tensors[f"{name}.weight"].to(self.dtype)
-        x = x.to(self.dtype)
-        if not residual.any():
-            return ir.ops.rms_norm(x, weight, self.eps, None).float(), x.float()
-        normed, residual = ir.ops.fused_add_rms_norm(
-            x, residual.to(self.dtype), weight, self.eps, None
-        )
-        return normed.float(), residual.float()
-
-    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        from vllm.model_executor.layers.activation import SiluAndMul
-
-        return SiluAndMul.forward_native(gate_up.to(self.dtype)).float()
-
-    def _rope(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        from vllm import _custom_ops as ops
-
-        half = x.shape[-1] // 2
-        table = torch.cat((cos[:, :half], sin[:, :half]), -1).to(self.dtype)
-        rotated = x.flatten(1).to(self.dtype).clone()
-        positions = torch.arange(len(x))
-        ops.rotary_embedding(
-            positions, rotated, rotated.clone(), x.shape[-1], table, True
-        )
-        return rotated.view_as(x).float()
-
-
-def _reference(
-    model: str,
-    scheme: str,
-    dtype: torch.dtype = torch.float32,
-) -> ReferenceLlama:
-    config = load_time_config(model, scheme_from_name(scheme))
-    return _ServedReference(model, config, dtype)
-
-
 @pytest.fixture(scope="module")
-def reference(model: str) -> ReferenceLlama:
-    return _reference(model, "w4a4kv4")
+def reference(served_reference: Any) -> ReferenceLlama:
+    return served_reference("w4a4kv4")
 
 
 def _expected(
@@ -134,7 +84,10 @@ def _summary(noise: float, gaps: list[float], positions: int) -> dict[str, Any]:
 
 
 def test_float32_eager_is_the_reference(
-    model: str, greedy: Any, expected: list[torch.Tensor], agreement: dict[str, Any]
+    served_reference: Any,
+    greedy: Any,
+    expected: list[torch.Tensor],
+    agreement: dict[str, Any],
 ) -> None:
     """64 greedy tokens on 20 prompts, and the logits of every position."""
     for start, ids, logits in zip(
@@ -145,7 +98,7 @@ def test_float32_eager_is_the_reference(
     eps = EPS[torch.float32]
     differences = {"w4a4kv4": _differences(greedy.logits, expected)}
     for scheme in ("w4a16kv4", "w4a4"):
-        easier = _expected(_reference(model, scheme), greedy.sequences)
+        easier = _expected(served_reference(scheme), greedy.sequences)
         differences[scheme] = _differences(greedy.logits, easier)
     agreement["float32 eager"] = {
         f"{scheme} reference": {
@@ -176,10 +129,14 @@ def test_float32_compiled_differs_only_within_its_noise(
 
 
 def test_bfloat16_eager_is_the_reference(
-    engine: Any, score: Any, model: str, greedy: Any, agreement: dict[str, Any]
+    engine: Any,
+    score: Any,
+    served_reference: Any,
+    greedy: Any,
+    agreement: dict[str, Any],
 ) -> None:
     """Up to the last bit of its logits."""
-    reference = _reference(model, "w4a4kv4", torch.bfloat16)
+    reference = served_reference("w4a4kv4", torch.bfloat16)
     with engine(dtype="bfloat16") as llm:
         served = score(llm, greedy.sequences)
     mirrored = _expected(reference, greedy.sequences)
@@ -191,7 +148,11 @@ def test_bfloat16_eager_is_the_reference(
 
 
 def test_bfloat16_compiled_loses_nothing(
-    engine: Any, score: Any, model: str, agreement: dict[str, Any]
+    engine: Any,
+    score: Any,
+    model: str,
+    served_reference: Any,
+    agreement: dict[str, Any],
 ) -> None:
     """A compiled bfloat16 server wanders off, but predicts a text as well.
 
@@ -204,7 +165,7 @@ def test_bfloat16_compiled_loses_nothing(
     sequences = [text[i : i + 512] for i in range(0, len(text), 512)]
     with engine(dtype="bfloat16", enforce_eager=False) as llm:
         served = score(llm, sequences)
-    expected = _expected(_reference(model, "w4a4kv4"), sequences)
+    expected = _expected(served_reference("w4a4kv4"), sequences)
     noise, gaps, positions = _compare(served, expected)
     losses = [_loss(rows, sequences) for rows in (served, expected)]
     agreement["bfloat16 compiled, WikiText-2, against float32"] = {
