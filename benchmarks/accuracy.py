@@ -28,7 +28,7 @@ SCHEMES = (*SCHEME_NAMES, "w4a16-g128", "w3a16-g128", "w2a16-g64")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-tokens", type=int, default=40_000)
+    parser.add_argument("--max-tokens", type=int, default=20_000)
     parser.add_argument("--seq-len", type=int, default=512)
     arguments = parser.parse_args()
 
