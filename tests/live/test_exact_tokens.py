@@ -105,8 +105,6 @@ def test_preemption(
 def test_ngram_speculation(
     engine: Any, texts: list[str], dtype: str, plain: list[list[int]]
 ) -> None:
-    if dtype == "float32":
-        pytest.skip("one dtype is enough for a scheduler feature")
     with engine(
         multiprocessing=True,
         dtype=dtype,
