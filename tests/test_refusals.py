@@ -48,6 +48,7 @@ REFUSED = [
     ({"enable_prompt_embeds": True}, "--enable-prompt-embeds{}"),
     ({"load_format": "pt"}, "--load-format pt{}: only safetensors files are read"),
     ({"load_format": "npcache"}, "--load-format npcache{}: only safetensors"),
+    ({"load_format": "dummy"}, "--load-format dummy{}: only safetensors"),
     ({"load_format": "sharded_state"}, "--load-format sharded_state{}"),
     (
         {"tensor_parallel_size": 4},
@@ -73,7 +74,6 @@ ACCEPTED = [
     {},
     {"tensor_parallel_size": 2},
     {"load_format": "safetensors"},
-    {"load_format": "dummy"},
     {"enable_prefix_caching": False},
     {"dtype": "float32"},
     {
@@ -183,7 +183,7 @@ def test_layers_ask_for_the_check(engine_config: Config) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "used"),
-    [("auto", "safetensors"), ("safetensors", "safetensors"), ("dummy", "dummy")],
+    [("auto", "safetensors"), ("safetensors", "safetensors")],
 )
 def test_load_format_is_narrowed(asked: str, used: str, engine_config: Config) -> None:
     """vLLM's "auto" reads pickled files when there are no others."""

@@ -145,7 +145,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
         vllm_config = get_current_vllm_config()
         refuse_engine_options(vllm_config, self.resolved)
         model, load = vllm_config.model_config, vllm_config.load_config
-        if load.load_format != "dummy" and not Path(model.model).is_dir():
+        if not Path(model.model).is_dir():
             directory = snapshot_download(
                 model.model,
                 revision=model.revision,

@@ -16,7 +16,7 @@ from .errors import UnsupportedError
 from .kernels import dispatch
 from .schema import LowbitConfig
 
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
+LOAD_FORMATS = ("auto", "safetensors")
 
 
 def refuse_engine_options(vllm_config: VllmConfig, config: LowbitConfig) -> None:
