@@ -39,6 +39,7 @@ def config() -> dict[str, Any]:
             "weights": {"bits": 4, "symmetric": True, "group_size": 128},
             "activations": {"bits": 4, "symmetric": False},
             "kv_cache": {"bits": 4},
+            "vocab_bits": 8,
         },
         "rotations": {
             "residual": {

@@ -48,6 +48,8 @@ class Scheme(_Model):
     weights: Weights
     activations: Activations
     kv_cache: KVCache
+    vocab_bits: Literal[8, 16] = 16
+    """Embedding and head: 8 is symmetric with one scale per row, 16 unquantized."""
 
     @property
     def name(self) -> str:
@@ -73,7 +75,8 @@ class Rotation(_Model):
     kind: Literal["hadamard", "orthogonal"] = "hadamard"
     order: int = Field(ge=2, le=1 << 20)
     block: int = Field(ge=2, le=1 << 20)
-    sign_seed: int | None = None
+    sign_seed: int | None = Field(default=None, ge=0, le=(1 << 63) - 1)
+    """Elements are multiplied by ``hadamard.signs.random_signs`` of it first."""
     scaled: bool = False
     """An ``input_scale`` of powers of two is multiplied in before an online one."""
 
@@ -93,6 +96,8 @@ class Rotations(_Model):
     """Every transform of the model; a field that is None has none."""
 
     residual: Rotation | None = None
+    """Of the whole residual stream. ``online`` where embedding and head share one
+    matrix: it is applied after the look-up and undone before the head."""
     attn_input: Rotation | None = None
     """On the shared input of q, k and v."""
     k: Rotation | None = None
@@ -171,6 +176,7 @@ class LoadTimeOptions(_Model):
 
     scheme: str = "w4a4kv4"
     activations_symmetric: bool = False
+    vocab_bits: Literal[8, 16] = 16
 
     @classmethod
     def parse(cls, data: object, source: str) -> Self:
@@ -194,8 +200,15 @@ SCHEME_NAMES = tuple(_SCHEMES)
 DEFAULT_SCHEME = "w4a4kv4"
 
 
-def scheme_from_name(name: str, activations_symmetric: bool = False) -> Scheme:
+def scheme_from_name(
+    name: str, activations_symmetric: bool = False, vocab_bits: int = 16
+) -> Scheme:
     """The scheme a name such as ``w4a4kv4`` or ``w3a16-g128`` stands for.
+
+    Args:
+        name: weights, activations and cache, with an optional group size.
+        activations_symmetric: symmetric instead of asymmetric activation codes.
+        vocab_bits: 8 or 16, of embedding and head.
 
     Raises:
         ConfigError: for an unknown name or group size.
@@ -223,6 +236,7 @@ def scheme_from_name(name: str, activations_symmetric: bool = False) -> Scheme:
                 "symmetric": activations_symmetric,
             },
             "kv_cache": {"bits": kv_bits},
+            "vocab_bits": vocab_bits,
         },
         f"scheme {name!r}",
     )

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lowbit checkpoint format: which tensors there are, and reading one weight.
+
+Beside the files of any Hugging Face checkpoint (config.json, tokenizer, safetensors
+shards) a lowbit one has ``lowbit_manifest.json`` and ``recipe.yaml``. Tensors keep the
+names of the model they were made from, except that a quantized matrix ``X.weight`` is
+
+* ``X.weight_packed``: int32, codes as in ``kernels/packing.py``;
+* ``X.weight_scale``: float32 ``[n, groups]``;
+* ``X.weight_zero_point``: int8 ``[n, groups]``, asymmetric weights only.
+
+All transforms are folded in. Norms, biases and a 16-bit vocabulary keep the dtype of
+the base model. Where the residual rotation is online (tied embeddings) the final norm's
+weight is 1, and what it was is ``lm_head.input_scale``, float32 ``[hidden]``, applied
+after the rotation is undone.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .architecture import LlamaShape
+from .errors import CheckpointError, ConfigError
+from .kernels.grid import IntGrid
+from .kernels.packing import packed_columns, unpack
+from .schema import LowbitConfig, Weights
+
+MANIFEST = "lowbit_manifest.json"
+RECIPE = "recipe.yaml"
+FLOATS = ("BF16", "F16", "F32")
+VOCABULARY = Weights(bits=8)
+HEAD_SCALE = "lm_head.input_scale"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor of the checkpoint must be; dtypes as safetensors names them."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def quantized_tensors(
+    name: str, n: int, k: int, weights: Weights
+) -> dict[str, TensorSpec]:
+    """The tensors that hold a quantized matrix ``[n, k]``.
+
+    Args:
+        name: of the module, without ``.weight``.
+        n: rows (outputs).
+        k: columns (inputs).
+        weights: its grid.
+    """
+    groups = 1 if weights.group_size is None else k // weights.group_size
+    packed = (n, packed_columns(k, weights.bits))
+    tensors = {
+        f"{name}.weight_packed": TensorSpec(("I32",), packed),
+        f"{name}.weight_scale": TensorSpec(("F32",), (n, groups)),
+    }
+    if not weights.symmetric:
+        tensors[f"{name}.weight_zero_point"] = TensorSpec(("I8",), (n, groups))
+    return tensors
+
+
+def expected_tensors(shape: LlamaShape, config: LowbitConfig) -> dict[str, TensorSpec]:
+    """Every tensor a lowbit checkpoint of this model must hold, in file order."""
+    tensors: dict[str, TensorSpec] = {}
+    for name, size in shape.tensors().items():
+        module = name.removesuffix(".weight")
+        vocabulary = module in ("model.embed_tokens", "lm_head")
+        if len(size) == 1 or (vocabulary and config.scheme.vocab_bits == 16):
+            tensors[name] = TensorSpec(FLOATS, size)
+        else:
+            grid = VOCABULARY if vocabulary else config.scheme.weights
+            tensors |= quantized_tensors(module, size[0], size[1], grid)
+    if residual_is_online(config):
+        tensors[HEAD_SCALE] = TensorSpec(("F32",), (shape.hidden_size,))
+    return tensors
+
+
+def residual_is_online(config: LowbitConfig) -> bool:
+    """Whether embedding and head share a matrix that is not rotated."""
+    residual = config.rotations.residual
+    return residual is not None and residual.apply == "online"
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A quantized matrix as the checkpoint stores it; see the module."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+
+    def codes(self, name: str, columns: int, weights: Weights) -> torch.Tensor:
+        """int8 codes ``[n, columns]``.
+
+        Args:
+            name: of the module, for errors.
+            columns: inputs of the matrix.
+            weights: its grid.
+
+        Raises:
+            CheckpointError: naming the tensor with a code, scale or zero point that
+                the grid does not have.
+        """
+        grid = IntGrid(weights.bits, weights.symmetric)
+        codes = unpack(self.packed, weights.bits, columns)
+        _check_range(f"{name}.weight_packed", "code", codes, grid)
+        good = self.scale.isfinite() & (self.scale > 0)
+        if not bool(good.all()):
+            worst = float(self.scale[~good].flatten()[0])
+            raise CheckpointError(
+                f"tensor {name}.weight_scale holds {worst}; scales are positive and "
+                "finite"
+            )
+        if self.zero_point is not None:
+            _check_range(f"{name}.weight_zero_point", "value", self.zero_point, grid)
+        return codes
+
+
+def _check_range(name: str, what: str, codes: torch.Tensor, grid: IntGrid) -> None:
+    low, high = (int(value) for value in torch.aminmax(codes))
+    if low < grid.code_min or high > grid.code_max:
+        worst = low if low < grid.code_min else high
+        raise CheckpointError(
+            f"tensor {name} holds the {what} {worst}, outside of "
+            f"[{grid.code_min}, {grid.code_max}]"
+        )
+
+
+def read_config(model: str) -> tuple[dict[str, Any], LowbitConfig | None]:
+    """config.json of a local model, and its quantization if it is a lowbit one.
+
+    Raises:
+        ConfigError: when it is not a JSON object, or its quantization is not ours.
+    """
+    path = Path(model) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return config, quantization_of(config, str(path))
+
+
+def quantization_of(config: Mapping[str, Any], source: str) -> LowbitConfig | None:
+    """The lowbit quantization of a config.json, None for a plain checkpoint.
+
+    Raises:
+        ConfigError: for another method's, or one that does not validate.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = None
+    if isinstance(quantization, Mapping):
+        method = quantization.get("quant_method")
+    if method != "lowbit":
+        raise ConfigError(
+            f"{source}: the checkpoint is already quantized by {method!r}; supported: "
+            "plain bf16/fp16/fp32 checkpoints and lowbit ones"
+        )
+    return LowbitConfig.parse(quantization, f"{source}: quantization_config")
