@@ -2,11 +2,17 @@
 """Perplexity of a text in windows, and the text's tokens."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from ..errors import ConfigError, LowbitError
+from .files import read_text
+from .text import CHARACTERS_PER_TOKEN, token_ids
+
+MAX_LOSS = 700.0  # nats; exp of more overflows
 
 
 @dataclass(frozen=True)
@@ -22,20 +28,56 @@ class Perplexity:
     tokens: int
 
 
-def tokenize(model: str, text: Path, max_tokens: int) -> torch.Tensor:
-    """First ``max_tokens`` token ids of a text file, int64.
+def tokenize(model: str, text: Path, max_tokens: int | None = None) -> torch.Tensor:
+    """First ``max_tokens`` token ids of a text file, all by default; int64.
 
     Raises:
-        ValueError: when the text is shorter than that.
+        ConfigError: as :func:`.files.read_text` and :func:`.text.token_ids`, or when
+            the text has fewer tokens than asked for.
     """
-    from transformers import AutoTokenizer
+    characters = -1 if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens
+    ids = token_ids(model, read_text(text, characters))
+    if max_tokens is not None and len(ids) < max_tokens:
+        raise ConfigError(f"{text} has {len(ids)} tokens, {max_tokens} were asked for")
+    return torch.tensor(ids[:max_tokens], dtype=torch.int64)
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    # Enough characters for the tokens asked for: none is longer than 32 on average.
-    ids = tokenizer(text.read_text()[: 32 * max_tokens], verbose=False)["input_ids"]
-    if len(ids) < max_tokens:
-        raise ValueError(f"{text} has {len(ids)} tokens, {max_tokens} were asked for")
-    return torch.tensor(ids[:max_tokens])
+
+def windows(token_ids: torch.Tensor, seq_len: int) -> list[torch.Tensor]:
+    """Windows of ``seq_len`` tokens that do not overlap; the last may be shorter.
+
+    A last window of one token is left out: it predicts nothing.
+    """
+    return [window for window in token_ids.split(seq_len) if len(window) > 1]
+
+
+def negative_log_likelihood(logits: torch.Tensor, token_ids: torch.Tensor) -> float:
+    """Of a window's tokens after its first, in nats, summed in float64.
+
+    Args:
+        logits: ``[n, vocabulary]``.
+        token_ids: int64 ``[n]``.
+    """
+    log_probs = logits[:-1].double().log_softmax(-1)
+    return -float(log_probs.gather(1, token_ids[1:, None]).sum())
+
+
+def mean_perplexity(losses: Iterable[float], tokens: int) -> Perplexity:
+    """Perplexity of windows whose negative log-likelihoods are ``losses``.
+
+    Args:
+        losses: in nats, one sum per window.
+        tokens: number of predicted tokens in all windows.
+
+    Raises:
+        LowbitError: when there is no finite perplexity.
+    """
+    mean = math.fsum(losses) / tokens
+    if not mean < MAX_LOSS:
+        raise LowbitError(
+            f"the mean loss is {mean} nats per token: the model's logits are not "
+            "finite, or far out of range"
+        )
+    return Perplexity(math.exp(mean), tokens)
 
 
 def perplexity(
@@ -52,11 +94,6 @@ def perplexity(
         token_ids: int64 ``[tokens]``.
         seq_len: window length.
     """
-    loss, count = 0.0, 0
-    for window in token_ids.split(seq_len):
-        if len(window) < 2:
-            continue
-        log_probs = logits_of(window)[:-1].double().log_softmax(-1)
-        loss -= float(log_probs.gather(1, window[1:, None]).sum())
-        count += len(window) - 1
-    return Perplexity(math.exp(loss / count), count)
+    parts = windows(token_ids, seq_len)
+    losses = (negative_log_likelihood(logits_of(window), window) for window in parts)
+    return mean_perplexity(losses, sum(len(window) - 1 for window in parts))

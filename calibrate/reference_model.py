@@ -5,48 +5,21 @@ It runs the reference operators, one sequence at a time. The served model is tes
 against it; perplexities "by the reference" come from it.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..architecture import LlamaShape, check_scheme, flag_only_rotations
-from ..checkpoint import check_plain_checkpoint, safetensors_files
-from ..kernels.grid import IntGrid, kv_decode, kv_encode, kv_parameters
+from ..checkpoint import check_plain_checkpoint
+from ..errors import ConfigError
+from ..kernels.grid import kv_decode, kv_encode, kv_parameters
 from ..kernels.hadamard.generic import hadamard
-from ..kernels.hadamard_quantize.reference import hadamard_quantize, transform
-from ..kernels.linear_w4a4.reference import linear_w4a4
-from ..kernels.linear_wna16.reference import linear_wna16
-from ..load_time import (
-    FUSED,
-    QuantizedWeight,
-    fold_bias,
-    quantize_linear,
-    rotations_of,
-)
+from ..lowbit_checkpoint import check_lowbit_checkpoint, read_config
+from ..rotations import check_rotations
 from ..schema import LowbitConfig, Scheme
-
-Linear = Callable[[torch.Tensor], torch.Tensor]
-_LINEARS = (
-    ("self_attn", "qkv_proj"),
-    ("self_attn", "o_proj"),
-    ("mlp", "gate_up_proj"),
-    ("mlp", "down_proj"),
-)
-
-
-def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint's safetensors files, one at a time."""
-    for path in safetensors_files(directory):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                yield name, file.get_tensor(name)
+from .reference_weights import WeightReader
 
 
 def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
@@ -55,121 +28,72 @@ def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
     Raises:
         UnsupportedError: as the server would.
     """
-    shape, source = _read_shape(model)
+    source = f"{model}/config.json"
+    shape = LlamaShape.from_config(read_config(model)[0], source)
     check_scheme(shape, scheme, source)
     return LowbitConfig(
         scheme=scheme, rotations=flag_only_rotations(shape, scheme, source)
     )
 
 
-@dataclass
-class QuantizedLinear:
-    """One linear on the reference operators.
-
-    Attributes:
-        weight: codes, scales and zero points, transforms folded.
-        bias: ``[n]`` or None.
-        order: Hadamard order of the online input transform, 1 for none.
-        stride: its stride.
-        activations: grid of the input, None to leave it unquantized.
-    """
-
-    weight: QuantizedWeight
-    bias: torch.Tensor | None
-    order: int
-    stride: int
-    activations: IntGrid | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight, dtype = self.weight, torch.float32
-        if self.activations is None:
-            rotated = transform(x, weight.input_scale, self.order, self.stride)
-            return linear_wna16(
-                rotated, weight.codes, weight.scale, weight.zero_point, self.bias, dtype
-            )
-        grid = self.activations
-        codes, scale, zero_point = hadamard_quantize(
-            x, weight.input_scale, self.order, self.stride, grid.bits, grid.symmetric
-        )
-        return linear_w4a4(
-            codes,
-            scale,
-            zero_point,
-            weight.codes,
-            weight.scale,
-            weight.zero_point,
-            self.bias,
-            dtype,
-        )
-
-
 class ReferenceLlama:
-    """Llama forward over one sequence; ``config`` None is the float model.
+    """Llama forward over one sequence.
 
     Everything is computed in float32; what a server holds in its dtype between two
     operators is rounded to ``dtype``, once, at the places where a compiled model
     rounds.
 
     Args:
-        model: local directory of a plain checkpoint.
-        config: scheme and rotations, as resolved by :func:`load_time_config`.
+        model: local directory of a plain or a lowbit checkpoint.
+        config: scheme and rotations for a plain one, as resolved by
+            :func:`load_time_config`; None is the float model. A lowbit checkpoint
+            has its own.
         dtype: of the server that is mirrored.
 
+    Attributes:
+        scheme_name: ``float``, or the name of the scheme.
+        config: what is run, None for the float model.
+
     Raises:
-        CheckpointError, UnsupportedError: as the server would.
+        ConfigError, CheckpointError, UnsupportedError: as the server would.
     """
 
     def __init__(
         self,
         model: str,
-        config: LowbitConfig | None,
+        config: LowbitConfig | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shape, _ = _read_shape(model)
-        check_plain_checkpoint(model, self.shape)
-        self.config, self.dtype = config, dtype
+        source = f"{model}/config.json"
+        data, stored = read_config(model)
+        self.shape = LlamaShape.from_config(data, source)
+        if stored is None:
+            check_plain_checkpoint(model, self.shape)
+        elif config is not None:
+            raise ConfigError(
+                f"{source}: the checkpoint has its own scheme {stored.scheme.name}; no "
+                "other can be chosen"
+            )
+        else:
+            check_scheme(self.shape, stored.scheme, source)
+            check_rotations(self.shape, stored, source)
+            check_lowbit_checkpoint(model, self.shape, stored)
+        self.config, self.dtype = stored or config, dtype
+        self.scheme_name = self.config.scheme.name if self.config else "float"
         hf_config = LlamaConfig.from_pretrained(model)
         self.eps = float(hf_config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(hf_config)
-        self.tensors = {k: v.float() for k, v in read_tensors(Path(model))}
-        head = "model.embed_tokens" if self.shape.tie_word_embeddings else "lm_head"
-        self.head = self.tensors[f"{head}.weight"]
-        self.linears = {
-            f"model.layers.{layer}.{block}.{name}": self._linear(
-                f"model.layers.{layer}.{block}", name
-            )
-            for layer in range(self.shape.num_layers)
-            for block, name in _LINEARS
-        }
-
-    def _linear(self, block: str, name: str) -> Linear:
-        """A linear as vLLM fuses it; its float weights are released if quantized."""
-        parts = FUSED[name]
-        stack = [self.tensors.pop(f"{block}.{part}.weight") for part in parts]
-        weight = torch.cat(stack)
-        names = [f"{block}.{part}.bias" for part in parts]
-        biases = [self.tensors[name] for name in names if name in self.tensors]
-        if self.config is None:
-            bias = torch.cat(biases) if biases else None
-            return lambda x: torch.nn.functional.linear(x, weight, bias)
-        sizes = [len(rows) for rows in stack]
-        around = [rotations_of(self.config.rotations, part) for part in parts]
-        online = around[0].online_input
-        activations = self.config.scheme.activations
-        return QuantizedLinear(
-            weight=quantize_linear(weight, sizes, around, self.config.scheme.weights),
-            bias=fold_bias(torch.cat(biases), sizes, around) if biases else None,
-            order=1 if online is None else online.order,
-            stride=1 if online is None else online.stride,
-            activations=None
-            if activations.bits == 16
-            else IntGrid(activations.bits, activations.symmetric),
+        reader = WeightReader(
+            Path(model), self.shape, self.config, stored is not None, dtype
         )
+        self.tensors = reader.norms()
+        self.vocabulary = reader.vocabulary()
+        self.linears = reader.linears()
 
     @torch.no_grad()
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits float32 ``[tokens, vocabulary]`` of token_ids ``[tokens]``."""
-        x = self.tensors["model.embed_tokens.weight"][token_ids]
+        x = self._round(self.vocabulary.look_up(token_ids))
         positions = torch.arange(len(token_ids)).unsqueeze(0)
         cos, sin = (self._round(t[0]) for t in self.rotary(x, positions))
         residual = torch.zeros_like(x)
@@ -184,7 +108,7 @@ class ReferenceLlama:
             h = self._run(prefix + "mlp.gate_up_proj", h)
             x = self._run(prefix + "mlp.down_proj", self._silu_and_mul(h))
         h, _ = self._add_norm(x, residual, "model.norm")
-        return self._round(torch.nn.functional.linear(h, self.head))
+        return self._round(self.vocabulary.logits(h, self.dtype))
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.dtype).float()
@@ -241,9 +165,3 @@ class ReferenceLlama:
 def _through_cache(x: torch.Tensor) -> torch.Tensor:
     scale, zero = kv_parameters(x)
     return kv_decode(kv_encode(x, scale, zero), scale, zero)
-
-
-def _read_shape(model: str) -> tuple[LlamaShape, str]:
-    source = f"{model}/config.json"
-    config: dict[str, Any] = json.loads(Path(source).read_text())
-    return LlamaShape.from_config(config, source), source

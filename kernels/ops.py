@@ -35,7 +35,8 @@ def _linear_out(
 
 
 _register(
-    "hadamard(Tensor x, Tensor? input_scale, int order, int stride) -> Tensor",
+    "hadamard(Tensor x, Tensor? input_scale, int order, int stride,"
+    " bool transpose=False) -> Tensor",
     transform,
     lambda x, *arguments: x.new_empty(x.shape, dtype=torch.float32),
 )

@@ -2,6 +2,7 @@
 """Tiny checkpoints and real vLLM configs; heavy imports happen when first used."""
 
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, settings
 REF_7M = Path(__file__).parents[1] / "models" / "ref-7m"
 LEDGER = Path(__file__).parents[1] / "vllm_lowbit" / "PRIVATE_SYMBOLS.md"
 INDEX = "model.safetensors.index.json"
+PLAIN = "model.safetensors"
 
 # Same examples on every run; machines here are shared, so no deadline.
 settings.register_profile(
@@ -37,7 +39,6 @@ def _tiny_llama(
     **config: Any,
 ) -> Path:
     import torch
-    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
@@ -66,19 +67,26 @@ def _tiny_llama(
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(REF_7M / name, directory)
+    _save(directory, state, shards)
+    return directory
+
+
+def _save(directory: Path, tensors: dict[str, Any], shards: int) -> None:
+    """Safetensors files, and their index where there are several."""
+    from safetensors.torch import save_file
+
     if shards == 1:
-        save_file(state, directory / "model.safetensors")
-        return directory
-    names, weight_map = list(state), {}
+        save_file(tensors, directory / PLAIN)
+        return
+    names, weight_map = list(tensors), {}
     for number in range(shards):
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         start, end = (n * len(names) // shards for n in (number, number + 1))
         part = names[start:end]
-        save_file({name: state[name] for name in part}, directory / file)
+        save_file({name: tensors[name] for name in part}, directory / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index))
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +113,167 @@ def _rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> Pat
 def rewrite() -> Callable[..., Path]:
     """Edits the first shard: ``rewrite(directory, lambda tensors: ...)``, its path."""
     return _rewrite
+
+
+def _fold_residual(tensors: dict[str, Any], layers: int, residual: Any) -> None:
+    """Rotate the residual stream: norms become 1, their weights go into what follows.
+
+    ``tensors`` are float32, of a plain Llama without biases.
+    """
+    import torch
+
+    from vllm_lowbit.kernels.hadamard.generic import hadamard
+    from vllm_lowbit.kernels.hadamard.signs import random_signs
+
+    def rotate(rows: Any) -> Any:
+        if residual.sign_seed is not None:
+            rows = rows * random_signs(residual.sign_seed, rows.shape[-1])
+        return hadamard(rows, residual.order, residual.stride)
+
+    def take(norm: str) -> Any:
+        weight = tensors[norm]
+        tensors[norm] = torch.ones_like(weight)
+        return weight
+
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for norm, block, parts in (
+            ("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj")),
+            ("post_attention_layernorm", "mlp", ("gate_proj", "up_proj")),
+        ):
+            weight = take(f"{prefix}{norm}.weight")
+            for part in parts:
+                name = f"{prefix}{block}.{part}.weight"
+                tensors[name] = rotate(tensors[name] * weight)
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            name = f"{prefix}{part}.weight"
+            tensors[name] = rotate(tensors[name].t()).t()
+    last = take("model.norm.weight")
+    if residual.apply == "online":
+        tensors["lm_head.input_scale"] = last
+    else:
+        tensors["lm_head.weight"] = rotate(tensors["lm_head.weight"] * last)
+        embedding = "model.embed_tokens.weight"
+        tensors[embedding] = rotate(tensors[embedding])
+
+
+def _round_to_nearest(tensors: dict[str, Any], shape: Any, config: Any) -> Any:
+    """Name and tensor of a lowbit checkpoint, from float32 plain tensors."""
+    from vllm_lowbit.kernels.grid import IntGrid
+    from vllm_lowbit.kernels.packing import pack
+    from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
+    from vllm_lowbit.load_time import fold, fold_bias, rotations_of
+    from vllm_lowbit.lowbit_checkpoint import VOCABULARY
+
+    if config.rotations.residual is not None:
+        _fold_residual(tensors, shape.num_layers, config.rotations.residual)
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        weights, role = config.scheme.weights, module.rpartition(".")[2]
+        if role.endswith("_proj"):
+            around = rotations_of(config.rotations, role)
+            if kind == "bias":
+                yield name, fold_bias(tensor, [len(tensor)], [around])
+                continue
+            tensor = fold(tensor, around, None)
+        else:
+            weights = VOCABULARY
+            if tensor.dim() == 1 or config.scheme.vocab_bits == 16:
+                yield name, tensor
+                continue
+        grid = IntGrid(weights.bits, weights.symmetric)
+        codes, scale, zero_point = quantize_weight(tensor, grid, weights.group_size)
+        yield f"{module}.weight_packed", pack(codes, weights.bits)
+        yield f"{module}.weight_scale", scale
+        if not weights.symmetric:
+            yield f"{module}.weight_zero_point", zero_point.char()
+
+
+def _lowbit_checkpoint(
+    directory: Path,
+    source: Path | str,
+    scheme: Any = "w4a4kv4",
+    vocab_bits: int = 16,
+    **rotations: Any,
+) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    from vllm_lowbit.architecture import LlamaShape
+    from vllm_lowbit.schema import LowbitConfig, scheme_from_name
+
+    if isinstance(scheme, str):
+        scheme = scheme_from_name(scheme, vocab_bits=vocab_bits).model_dump()
+    quantization = {"scheme": scheme, "rotations": rotations}
+    config = LowbitConfig.parse(quantization, "lowbit_checkpoint")
+    hf_config = json.loads((Path(source) / "config.json").read_text())
+    shape = LlamaShape.from_config(hf_config, "config.json")
+    plain = load_file(Path(source) / "model.safetensors")
+    floats = {name: tensor.float() for name, tensor in plain.items()}
+    tensors = {
+        name: tensor.to(plain[name].dtype if name in plain else tensor.dtype)
+        for name, tensor in _round_to_nearest(floats, shape, config)
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, directory / PLAIN)
+    hf_config["quantization_config"] = config.model_dump(mode="json")
+    (directory / "config.json").write_text(json.dumps(hf_config))
+    for path in Path(source).glob("tokenizer*"):
+        shutil.copy(path, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def lowbit_checkpoint() -> Callable[..., Path]:
+    """Writes a lowbit checkpoint of a plain one, rounded to nearest.
+
+    ``lowbit_checkpoint(directory, source, scheme="w4a4kv4", vocab_bits=16,
+    **rotations)``: the scheme by name or as a mapping, rotations as in the schema;
+    they are folded so that the function stays that of the source. Returns the
+    directory.
+    """
+    return _lowbit_checkpoint
+
+
+def _published_checkpoint(
+    directory: Path, source: Path | str, shards: int = 1, **arguments: Any
+) -> Path:
+    from safetensors.torch import load_file
+
+    _lowbit_checkpoint(directory, source, **arguments)
+    if shards > 1:
+        tensors = load_file(directory / PLAIN)
+        (directory / PLAIN).unlink()
+        _save(directory, tensors, shards)
+    recipe = b"name: rtn\n"
+    (directory / "recipe.yaml").write_bytes(recipe)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["provenance"] = {
+        "base_model": "some/model",
+        "base_revision": "abc123",
+        "recipe": "rtn",
+        "recipe_sha256": hashlib.sha256(recipe).hexdigest(),
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for path in directory.glob("*.safetensors"):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, end = entry.pop("data_offsets")
+            digest = hashlib.sha256(content[start + first : start + end]).hexdigest()
+            tensors[name] = {"file": path.name, "sha256": digest, **entry}
+    manifest = {"format_version": 1, "tensors": tensors}
+    (directory / "lowbit_manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def published_checkpoint() -> Callable[..., Path]:
+    """``lowbit_checkpoint`` with all that calibration adds: recipe, provenance,
+    manifest and, with ``shards=2`` or more, an index."""
+    return _published_checkpoint
 
 
 def _engine_config(model: Path | str = REF_7M, **arguments: Any) -> Any:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vllm_lowbit import truth
 from vllm_lowbit.errors import CheckpointError
 from vllm_lowbit.kernels.kv4_store.layout import bytes_per_token
+from vllm_lowbit.schema import scheme_from_name
 
 pytest.importorskip("vllm")
 from vllm_lowbit.attention import KV4AttentionBackend, KV4AttentionImpl
@@ -85,6 +87,15 @@ def _(symbol: Any, real: Any) -> None:
     ):
         model.hf_overrides = overrides
         assert symbol(model, real.config.load_config).scheme.name == name
+    # A checkpoint's own config wins, silently: we refuse the option ourselves.
+    model.hf_config = copy.copy(model.hf_config)
+    model.hf_config.quantization_config = {
+        "quant_method": "lowbit",
+        "scheme": scheme_from_name("w3a16").model_dump(),
+        "rotations": {},
+    }
+    quant = symbol(model, real.config.load_config)
+    assert quant.scheme.name == "w3a16" and quant.stored is not None
 
 
 @holds("_get_quantization_config")
@@ -106,6 +117,7 @@ def _(symbol: Any, real: Any) -> None:
     members(model, real.rows["ModelConfig"])
     assert model.runner_type == "generate" and not model.is_multimodal_model
     assert not model.enable_prompt_embeds and model.quantization_config is None
+    assert model.head_dtype == model.dtype == torch.bfloat16
 
 
 @holds("CacheConfig")
@@ -325,6 +337,62 @@ def _(symbol: Any, real: Any) -> None:
     assert real.resolve(f"{asked}.method_has_implemented_embedding")(EmbeddingMethod)
 
 
+def vocabulary(real: Any) -> Any:
+    """A head of 100 tokens, quantized to 8 bits while loading."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    quant, model = type(real.quant), real.config.model_config
+    config = quant.from_config_dict_json('{"vocab_bits": 8}')
+    config.maybe_update_config(model.model, model.hf_config)
+    return ParallelLMHead(100, 256, None, quant_config=config, disable_tp=True)
+
+
+@holds("VocabParallelEmbedding")
+def _(symbol: Any, real: Any) -> None:
+    layer = vocabulary(real)
+    assert isinstance(layer, symbol)
+    assert layer.params_dtype == torch.get_default_dtype()
+    # Without a name in Llama: our errors give it one.
+    llama = real.resolve("vllm.model_executor.models.llama.LlamaModel")
+    built = inspect.getsource(llama).partition("= VocabParallelEmbedding(")[2]
+    assert "prefix" not in built.partition(")")[0]
+
+
+@holds("VocabParallelEmbeddingShardIndices")
+def _(symbol: Any, real: Any) -> None:
+    assert vocabulary(real).shard_indices.num_org_elements == 100
+
+
+@holds("weight_loader")
+def _(symbol: Any, real: Any) -> None:
+    parameter: Any = torch.nn.Parameter(torch.full((128, 2), torch.nan), False)
+    parameter.output_dim = 0
+    symbol(vocabulary(real), parameter, torch.ones(100, 2))
+    assert (parameter[:100] == 1).all() and (parameter[100:] == 0).all()
+
+
+@holds("_apply_head")
+def _(symbol: Any, real: Any) -> None:
+    x, layer = torch.ones(1, 2), SimpleNamespace(weight=torch.ones(3, 2))
+    layer.quant_method = SimpleNamespace(apply=lambda layer, x, bias: "asked")
+    same, other = (
+        SimpleNamespace(head_dtype=t) for t in (torch.float32, torch.float64)
+    )
+    assert symbol(same, layer, x, None) == "asked"
+    with pytest.raises(ValueError, match="only supported for an unquantized lm_head"):
+        symbol(other, layer, x, None)
+    layer.quant_method = object.__new__(EmbeddingMethod)
+    assert symbol(other, layer, x, None).dtype == torch.float64  # not asked
+
+
+@holds("checkpoint_has_lm_head")
+def _(symbol: Any, real: Any) -> None:
+    for name, own in (("lm_head.input_scale", False), ("lm_head.weight", True)):
+        with tempfile.TemporaryDirectory() as directory:
+            save_file({name: torch.ones(2)}, Path(directory) / "model.safetensors")
+            assert bool(symbol(directory)) is own
+
+
 @holds("DEFAULT_LOGGING_CONFIG")
 def _(symbol: Any, real: Any) -> None:
     assert symbol["loggers"]["vllm"]["handlers"]
@@ -335,6 +403,18 @@ def test_non_finite_part_of_a_fused_linear_is_named(real: Any) -> None:
     message = "^tensor layers.0.mlp.up_proj.weight holds a non-finite value"
     with pytest.raises(CheckpointError, match=message):
         gate_up(real, 2, last=float("nan"))
+
+
+@holds("shutdown")
+def _(symbol: Any, real: Any) -> None:
+    inspect.signature(symbol).bind(None)
+    assert not hasattr(real.resolve("vllm.LLM"), "shutdown"), "use it instead"
+
+
+@holds("cleanup_dist_env_and_memory")
+def _(symbol: Any, real: Any) -> None:
+    assert real.resolve("vllm.distributed.cleanup_dist_env_and_memory") is symbol
+    inspect.signature(symbol).bind()
 
 
 def test_every_row_has_an_assertion(ledger: dict[str, set[str]]) -> None:

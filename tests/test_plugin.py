@@ -237,10 +237,16 @@ class TestConfig:
     def test_lowbit_checkpoint(self, quant: Any) -> None:
         scheme = quant().scheme.model_dump()
         config = {"quant_method": "lowbit", "scheme": scheme, "rotations": {}}
-        with pytest.raises(UnsupportedError, match="a lowbit checkpoint is not supp"):
-            quant.from_config(config)
+        stored = quant.from_config(config)
+        assert stored.scheme == quant().scheme
+        with pytest.raises(UnsupportedError, match="has not been given a model"):
+            _ = stored.resolved
         with pytest.raises(ConfigError, match="^config.json: .*key surprise: .*got 1"):
             quant.from_config({**config, "surprise": 1})
+
+    def test_vocabulary_by_option(self, quant: Any) -> None:
+        assert quant().scheme.vocab_bits == 16
+        assert quant.from_config_dict_json('{"vocab_bits": 8}').scheme.vocab_bits == 8
 
     def test_without_a_model(self, quant: Any) -> None:
         with pytest.raises(UnsupportedError, match="has not been given a model"):

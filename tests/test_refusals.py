@@ -99,6 +99,19 @@ def test_engine_arguments_refused(
     assert str(error.value).startswith(expected)
 
 
+@pytest.mark.parametrize("vocab_bits", [8, 16])
+def test_head_in_another_dtype(vocab_bits: int, engine_config: Config) -> None:
+    """vLLM would multiply by the head's weight itself."""
+    choice = json.dumps({"vocab_bits": vocab_bits})
+    overrides = {"quantization_config_dict_json": choice, "head_dtype": "float32"}
+    config = engine_config(hf_overrides=overrides)
+    if vocab_bits == 16:
+        refuse(config)
+        return
+    with pytest.raises(UnsupportedError, match="^--hf-overrides head_dtype torch.fl"):
+        refuse(config)
+
+
 @pytest.mark.parametrize("arguments", ACCEPTED)
 @pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a16"])
 def test_engine_arguments_accepted(

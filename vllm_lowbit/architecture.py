@@ -4,7 +4,7 @@
 Reads config.json; does not need vLLM.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from .schema import Rotation, Rotations, Scheme
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 MIN_BLOCK = 16
+# Tensor parallel sizes that one model may be served with, largest first.
+PARALLEL_SIZES = (8, 4, 2, 1)
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1 << 12
 
@@ -169,8 +171,8 @@ def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotat
         UnsupportedError: when no Hadamard block of at least MIN_BLOCK elements
             divides a size.
     """
-    heads, head_parallel = _order_per_shard(shape.num_heads, 2)
-    down, down_parallel = _order_per_shard(shape.intermediate_size, MIN_BLOCK)
+    heads, head_parallel = order_per_shard(shape.num_heads, 2)
+    down, down_parallel = order_per_shard(shape.intermediate_size, MIN_BLOCK)
     across_heads = None
     if heads > 1:
         across_heads = Rotation(
@@ -191,15 +193,18 @@ def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotat
     )
 
 
-def _order_per_shard(size: int, smallest: int) -> tuple[int, int]:
+def order_per_shard(
+    size: int, smallest: int, parallel_sizes: Sequence[int] = PARALLEL_SIZES
+) -> tuple[int, int]:
     """Hadamard order and T: the largest T whose shard is one Hadamard.
 
     Args:
         size: elements of the whole.
         smallest: order allowed. Where there is none, the result is the largest order
             that divides the whole, and T = 1.
+        parallel_sizes: T to try, largest first.
     """
-    for parallel in (8, 4, 2, 1):
+    for parallel in parallel_sizes:
         order, rest = divmod(size, parallel)
         if not rest and order >= smallest and exists(order):
             return order, parallel

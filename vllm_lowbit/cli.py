@@ -1,63 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``vllm-lowbit`` command."""
+"""The ``vllm-lowbit`` command: options of its own, and how errors are shown."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
+import sys
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from typer.core import TyperGroup
 
 from . import __version__
+from .commands.calibrate import calibrate
+from .commands.env import env
+from .commands.evaluate import evaluate
+from .commands.inspect import inspect
+from .errors import LowbitError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+# Packages that some commands need, and the extra of ours that installs each.
+EXTRAS = {
+    "huggingface_hub": "calibrate",
+    "transformers": "calibrate",
+    "yaml": "calibrate",
+    "vllm": "serve",
+}
+
+
+class _Group(TyperGroup):
+    """Shows what a user can act on as one message, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LowbitError as error:
+            message = str(error)
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            message = (
+                f"the package {error.name} is not installed; this command needs it: "
+                f"pip install 'vllm-lowbit[{EXTRAS[error.name]}]'"
+            )
+        print(f"error: {message}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"vllm-lowbit {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
     """4-bit weights, activations and KV cache for stock vLLM."""
 
 
-@app.command()
-def env() -> None:
-    """Print versions, the device, and which backend each operator takes here."""
-    import torch
-
-    from .kernels import dispatch
-    from .plugin import SUPPORTED_VLLM, check_vllm_version, installed_vllm
-
-    console = Console()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    console.print(f"vllm-lowbit {__version__}, Python {platform.python_version()}")
-    for name in ("torch", "triton", "transformers", "compressed-tensors"):
-        console.print(f"{name} {_version(name)}")
-    try:
-        vllm = installed_vllm()
-        check_vllm_version(vllm)
-        console.print(f"vllm {vllm} (supported: {SUPPORTED_VLLM})")
-    except ValueError as error:
-        console.print(f"vllm: {error}", style="red")
-    console.print(f"device {device}: {_device_name(device)}")
-
-    table = Table("operator", "backend", "here", title="Backends")
-    for operator in dispatch.OPERATORS:
-        for row in (r for r in dispatch.TABLE if r.operator == operator):
-            reason = row.reason_against(device, {})
-            table.add_row(operator, row.backend, "out: " + reason if reason else "yes")
-    console.print(table)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.processor() or platform.machine()}, {capability}"
+for command in (calibrate, evaluate, inspect, env):
+    app.command()(command)

@@ -2,6 +2,7 @@
 """The quantization config vLLM builds for ``--quantization lowbit``."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,7 +23,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from .architecture import LlamaShape, check_scheme, flag_only_rotations
 from .checkpoint import INDEX, check_plain_checkpoint
 from .errors import ConfigError, UnsupportedError
+from .lowbit_checkpoint import check_lowbit_checkpoint, read_config
 from .refusals import refuse_attention, refuse_engine_options
+from .rotations import check_rotations
 from .schema import LoadTimeOptions, LowbitConfig, scheme_from_name
 
 if TYPE_CHECKING:
@@ -36,10 +39,26 @@ class LowbitQuantizationConfig(QuantizationConfig):
     scheme in ``--hf-overrides``, or from a checkpoint's own quantization_config.
     """
 
-    def __init__(self, options: LoadTimeOptions | None = None) -> None:
+    def __init__(
+        self,
+        options: LoadTimeOptions | None = None,
+        stored: LowbitConfig | None = None,
+    ) -> None:
+        """From a user's options for a plain checkpoint, or a lowbit one's own config.
+
+        Args:
+            options: None for the defaults.
+            stored: quantization_config of a lowbit checkpoint, None for a plain one.
+        """
         super().__init__()
-        options = options or LoadTimeOptions()
-        self.scheme = scheme_from_name(options.scheme, options.activations_symmetric)
+        self.stored = stored
+        if stored is not None:
+            self.scheme = stored.scheme
+        else:
+            options = options or LoadTimeOptions()
+            self.scheme = scheme_from_name(
+                options.scheme, options.activations_symmetric, options.vocab_bits
+            )
         self._resolved: LowbitConfig | None = None
         self._checked_engine = False
 
@@ -79,14 +98,11 @@ class LowbitQuantizationConfig(QuantizationConfig):
         method = config.get("quant_method")
         if method != "lowbit":
             raise UnsupportedError(
-                f"the checkpoint is already quantized by {method!r}; lowbit quantizes "
-                "plain bf16/fp16 checkpoints"
+                f"the checkpoint is already quantized by {method!r}; lowbit serves "
+                "plain bf16/fp16 checkpoints and its own"
             )
-        LowbitConfig.parse(config, "config.json: quantization_config")
-        raise UnsupportedError(
-            "config.json: quantization_config: serving a lowbit checkpoint is not "
-            "supported by this version; serve the plain base model"
-        )
+        source = "config.json: quantization_config"
+        return cls(stored=LowbitConfig.parse(config, source))
 
     @classmethod
     def from_config_dict_json(cls, text: str) -> Self:
@@ -104,31 +120,51 @@ class LowbitQuantizationConfig(QuantizationConfig):
         hf_config: "PreTrainedConfig | None" = None,
         revision: str | None = None,
     ) -> None:
-        """Read the model's sizes, place the rotations, check the files' headers."""
+        """Read the model's sizes, place or check the rotations, check the headers."""
         if hf_config is None:
             raise UnsupportedError(f"{model_name}: vLLM passed no model config")
         source = f"{model_name}/config.json"
-        shape = LlamaShape.from_config(hf_config.to_dict(), source)
+        data = hf_config.to_dict()
+        shape = LlamaShape.from_config(data, source)
         check_scheme(shape, self.scheme, source)
-        rotations = flag_only_rotations(shape, self.scheme, source)
-        self._resolved = LowbitConfig(scheme=self.scheme, rotations=rotations)
+        if self.stored is None:
+            rotations = flag_only_rotations(shape, self.scheme, source)
+            self._resolved = LowbitConfig(scheme=self.scheme, rotations=rotations)
+        else:
+            _refuse_options(data, self.stored, model_name)
+            check_rotations(shape, self.stored, source)
+            self._resolved = self.stored
         # A model of a hub is checked in the worker, once it is on disk.
         if Path(model_name).is_dir():
-            check_plain_checkpoint(model_name, shape)
+            self._check_files(model_name, shape)
+
+    def _check_files(self, directory: str, shape: LlamaShape) -> None:
+        if self.stored is None:
+            check_plain_checkpoint(directory, shape)
+            return
+        if read_config(directory)[1] != self.stored:
+            raise ConfigError(
+                f"{directory}/config.json: quantization_config is not the one vLLM was "
+                "given; leave it out of --hf-overrides"
+            )
+        check_lowbit_checkpoint(directory, shape, self.stored)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
         """The method of one layer; refuses layers it does not know by name."""
         from .attention import KV4CacheMethod
-        from .linear import LowbitLinearMethod
-        from .vocabulary import EmbeddingMethod
+        from .linear_checkpoint import CheckpointLinearMethod
+        from .linear_load_time import LoadTimeLinearMethod
+        from .vocabulary import vocabulary_method
 
         self._check_engine()
+        plain = self.stored is None
         if isinstance(layer, ParallelLMHead | VocabParallelEmbedding):
-            return EmbeddingMethod(prefix)
+            return vocabulary_method(self.resolved, plain, prefix)
         if isinstance(layer, LinearBase):
-            return LowbitLinearMethod(self.resolved, prefix)
+            linear = LoadTimeLinearMethod if plain else CheckpointLinearMethod
+            return linear(self.resolved, prefix)
         if isinstance(layer, AttentionLayerBase):
             if self.scheme.kv_cache.bits == 16:
                 return None
@@ -150,12 +186,24 @@ class LowbitQuantizationConfig(QuantizationConfig):
                 model.model,
                 revision=model.revision,
                 cache_dir=load.download_dir,
-                allow_patterns=["*.safetensors", INDEX],
+                allow_patterns=["*.safetensors", INDEX, "config.json"],
             )
             shape = LlamaShape.from_config(model.hf_config.to_dict(), model.model)
-            check_plain_checkpoint(directory, shape)
+            self._check_files(directory, shape)
         if vllm_config.load_config.load_format == "auto":
             # "auto" falls back to pickled *.bin files, and prefers
             # consolidated*.safetensors to the files that were checked.
             vllm_config.load_config.load_format = "safetensors"
         self._checked_engine = True
+
+
+def _refuse_options(
+    hf_config: Mapping[str, Any], stored: LowbitConfig, model: str
+) -> None:
+    """vLLM would ignore these: a checkpoint's own config comes first."""
+    for key in ("quantization_config_dict_json", "quantization_config_file"):
+        if hf_config.get(key) is not None:
+            raise ConfigError(
+                f"--hf-overrides: {key} chooses a scheme for a plain checkpoint; "
+                f"{model} is quantized already, by scheme {stored.scheme.name}"
+            )

@@ -16,3 +16,11 @@ class CheckpointError(LowbitError):
 
 class UnsupportedError(LowbitError):
     """A model, layer, option or device this version cannot run truthfully."""
+
+
+class CalibrationError(LowbitError):
+    """Calibration met numbers it cannot go on with; names the layer."""
+
+
+class OutputError(LowbitError):
+    """A result cannot be written; nothing that looks like one is left."""

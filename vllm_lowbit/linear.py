@@ -1,44 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers: quantized while loading, run on integer codes."""
+"""Linear layers on integer codes, however their weights arrive."""
 
 from typing import Any
 
 import torch
-from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
-from vllm.model_executor.model_loader.reload.layerwise import (
-    get_layerwise_info,
-    initialize_online_processing,
-)
-from vllm.model_executor.utils import set_weight_attrs
 
-from . import truth
-from .errors import CheckpointError, UnsupportedError
+from .errors import UnsupportedError
 from .kernels import dispatch
 from .kernels import ops as _ops  # noqa: F401 (registers torch.ops.lowbit)
 from .kernels.grid import IntGrid
-from .kernels.linear_w4a4.generic import prepare
-from .load_time import (
-    FUSED,
-    check_finite,
-    fold_bias,
-    quantize_linear,
-    rotations_of,
-)
+from .load_time import FUSED, check_finite, rotations_of
 from .schema import LowbitConfig, Rotation
 
 
 class LowbitLinearMethod(LinearMethodBase):
-    """One linear, fused or not, of a plain checkpoint.
+    """One linear, fused or not; subclasses create and load its weights.
 
-    Weights arrive on the meta device and are quantized layer by layer as soon as
-    vLLM has buffered all of a layer, so the float model never exists as a whole.
-
-    Attributes on the layer afterwards: ``weight`` int8 codes ``[n, k]``,
-    ``weight_scale`` float32 ``[n, groups]``, ``input_scale`` float32 ``[k]`` or None.
+    Attributes on the layer once it is loaded: ``weight`` int8 codes ``[n, k]`` less
+    their zero points (see ``kernels.linear_w4a4.generic.prepare``), ``weight_scale``
+    float32 ``[n, groups]``, ``input_scale`` float32 ``[k]`` or None.
     """
-
-    uses_meta_device = True
 
     def __init__(self, config: LowbitConfig, prefix: str) -> None:
         self.scheme = config.scheme
@@ -58,38 +40,26 @@ class LowbitLinearMethod(LinearMethodBase):
         if not self.weight_only:
             self.activation_grid = IntGrid(bits, self.scheme.activations.symmetric)
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: object,
-    ) -> None:
-        """Declare the float weight on the meta device and check the shapes.
+    @property
+    def _part_names(self) -> list[str]:
+        """Names in the checkpoint of the linears that are stacked in this one."""
+        block = self.prefix.rpartition(".")[0]
+        return [f"{block}.{part}" for part in FUSED[self.role]]
+
+    def _prepare_layer(self, inputs: int, output_sizes: list[int]) -> None:
+        """Check the shapes of the layer and choose its backend.
+
+        Args:
+            inputs: of this shard.
+            output_sizes: rows of each part in this shard.
 
         Raises:
             UnsupportedError: when a rotation or group does not divide the shard, or
                 no backend runs the scheme here.
         """
-        self._check_shard(input_size_per_partition)
+        self._check_shard(inputs)
         self.backend = self._select_backend()
-        self.output_sizes = output_partition_sizes
-        weight = Parameter(
-            torch.empty(
-                sum(output_partition_sizes),
-                input_size_per_partition,
-                dtype=params_dtype,
-                device="meta",
-            ),
-            requires_grad=False,
-        )
-        set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0})
-        set_weight_attrs(weight, extra_weight_attrs)
-        layer.register_parameter("weight", weight)
-        initialize_online_processing(layer)
+        self.output_sizes = output_sizes
 
     def _check_shard(self, size: int) -> None:
         rotation = self.input_rotation
@@ -117,52 +87,11 @@ class LowbitLinearMethod(LinearMethodBase):
         except ValueError as error:
             raise UnsupportedError(f"linear {self.prefix}: {error}") from None
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Fold and quantize the loaded weight.
-
-        Raises:
-            CheckpointError: when part of the weight was never loaded, or it is not
-                finite.
-        """
-        if getattr(layer, "_already_called_process_weights_after_loading", False):
-            return
-        self._check_loaded(layer)
-        weight = layer.weight.data
-        self._check_finite(weight, "weight")
-        if layer.bias is not None:
-            self._check_finite(layer.bias.data, "bias")
-            layer.bias.data.copy_(
-                fold_bias(layer.bias.data, self.output_sizes, self.parts)
-            )
-        done = quantize_linear(
-            weight, self.output_sizes, self.parts, self.scheme.weights
-        )
-        codes = prepare(done.codes, done.zero_point)
-        layer.weight = Parameter(codes, requires_grad=False)
-        layer.weight_scale = Parameter(done.scale, requires_grad=False)
-        layer.input_scale = (
-            None
-            if done.input_scale is None
-            else Parameter(done.input_scale, requires_grad=False)
-        )
-        layer._already_called_process_weights_after_loading = True
-        truth.linear_ready(self)
-
-    def _check_loaded(self, layer: Any) -> None:
-        info = get_layerwise_info(layer)
-        if info.load_numel_total is None:
-            return
-        if info.load_numel < info.load_numel_total:
-            raise CheckpointError(
-                f"linear {self.prefix}: only {info.load_numel} of "
-                f"{info.load_numel_total} elements are in the checkpoint"
-            )
-
     def _check_finite(self, tensor: torch.Tensor, kind: str) -> None:
-        block = self.prefix.rpartition(".")[0]
-        names = [f"{block}.{part}.{kind}" for part in FUSED[self.role]]
-        for name, rows in zip(names, tensor.split(self.output_sizes), strict=True):
-            check_finite(rows, name)
+        """Raise CheckpointError naming the part whose rows hold an Inf or NaN."""
+        parts = tensor.split(self.output_sizes)
+        for name, rows in zip(self._part_names, parts, strict=True):
+            check_finite(rows, f"{name}.{kind}")
 
     def apply(
         self,

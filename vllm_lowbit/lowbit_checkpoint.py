@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from .architecture import LlamaShape
+from .checkpoint import FLOATS, TensorSpec, check_tensors
 from .errors import CheckpointError, ConfigError
 from .kernels.grid import IntGrid
 from .kernels.packing import packed_columns, unpack
@@ -31,17 +32,9 @@ from .schema import LowbitConfig, Weights
 
 MANIFEST = "lowbit_manifest.json"
 RECIPE = "recipe.yaml"
-FLOATS = ("BF16", "F16", "F32")
 VOCABULARY = Weights(bits=8)
 HEAD_SCALE = "lm_head.input_scale"
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a tensor of the checkpoint must be; dtypes as safetensors names them."""
-
-    dtypes: tuple[str, ...]
-    shape: tuple[int, ...]
+_BLOCK_ELEMENTS = 1 << 19
 
 
 def quantized_tensors(
@@ -82,6 +75,17 @@ def expected_tensors(shape: LlamaShape, config: LowbitConfig) -> dict[str, Tenso
     return tensors
 
 
+def check_lowbit_checkpoint(
+    model: str, shape: LlamaShape, config: LowbitConfig
+) -> None:
+    """Check that the files of a lowbit checkpoint hold exactly what its config says.
+
+    Raises:
+        CheckpointError: as :func:`~vllm_lowbit.checkpoint.check_tensors`.
+    """
+    check_tensors(Path(model), expected_tensors(shape, config))
+
+
 def residual_is_online(config: LowbitConfig) -> bool:
     """Whether embedding and head share a matrix that is not rotated."""
     residual = config.rotations.residual
@@ -96,6 +100,11 @@ class PackedWeight:
     scale: torch.Tensor
     zero_point: torch.Tensor | None
 
+    def rows(self, rows: slice) -> "PackedWeight":
+        """Some of its rows."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return PackedWeight(self.packed[rows], self.scale[rows], zero_point)
+
     def codes(self, name: str, columns: int, weights: Weights) -> torch.Tensor:
         """int8 codes ``[n, columns]``.
 
@@ -109,8 +118,12 @@ class PackedWeight:
                 the grid does not have.
         """
         grid = IntGrid(weights.bits, weights.symmetric)
-        codes = unpack(self.packed, weights.bits, columns)
-        _check_range(f"{name}.weight_packed", "code", codes, grid)
+        codes = self.packed.new_empty(len(self.packed), columns, dtype=torch.int8)
+        # A few rows at a time: unpacking takes several times the memory of codes.
+        step = max(1, _BLOCK_ELEMENTS // columns)
+        for rows, words in zip(codes.split(step), self.packed.split(step), strict=True):
+            rows.copy_(unpack(words, weights.bits, columns))
+            _check_range(f"{name}.weight_packed", "code", rows, grid)
         good = self.scale.isfinite() & (self.scale > 0)
         if not bool(good.all()):
             worst = float(self.scale[~good].flatten()[0])

@@ -13,7 +13,7 @@ from .kernels import dispatch
 from .kernels.kv4_store.layout import bytes_per_token
 from .truth import rotation_summary
 
-INFO_LABELS = ("weights", "activations", "kv", "rotation", "backend")
+INFO_LABELS = ("weights", "activations", "kv", "vocabulary", "rotation", "backend")
 
 
 @functools.cache
@@ -53,6 +53,7 @@ class LowbitStatLogger(StatLoggerBase):
             weights=f"int{scheme.weights.bits}",
             activations=_bits(scheme.activations.bits),
             kv=_bits(scheme.kv_cache.bits),
+            vocabulary=_bits(scheme.vocab_bits),
             rotation=rotation_summary(config.resolved),
             backend=dispatch.select(operator, device).backend,
         ).set(1)

@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from .errors import UnsupportedError
 from .kernels import dispatch
+from .lowbit_checkpoint import residual_is_online
 from .schema import LowbitConfig
 
 LOAD_FORMATS = ("auto", "safetensors")
@@ -65,6 +66,12 @@ def _unsupported_options(
             bool(model.enable_prompt_embeds),
             "--enable-prompt-embeds",
             "not tested",
+        ),
+        (
+            model.head_dtype != model.dtype
+            and (config.scheme.vocab_bits != 16 or residual_is_online(config)),
+            f"--hf-overrides head_dtype {model.head_dtype}",
+            "the head is quantized or rotated",
         ),
         (
             model.is_multimodal_model,

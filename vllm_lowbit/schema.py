@@ -13,14 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import ConfigError
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
+    """Unknown keys and other types than declared are refused; frozen."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-_T = TypeVar("_T", bound=_Model)
+_T = TypeVar("_T", bound=StrictModel)
 
 
-class Weights(_Model):
+class Weights(StrictModel):
     """Grid of the linear weights."""
 
     bits: Literal[2, 3, 4, 6, 8]
@@ -29,20 +31,20 @@ class Weights(_Model):
     """Input elements that share a scale; None is one scale per output channel."""
 
 
-class Activations(_Model):
+class Activations(StrictModel):
     """Grid of the linear inputs: dynamic, per token. 16 bits means unquantized."""
 
     bits: Literal[4, 6, 8, 16]
     symmetric: bool = False
 
 
-class KVCache(_Model):
+class KVCache(StrictModel):
     """KV cache entries: per token and head, fp16 scale and zero. 16: unquantized."""
 
     bits: Literal[4, 16]
 
 
-class Scheme(_Model):
+class Scheme(StrictModel):
     """Bit widths of everything that is quantized."""
 
     weights: Weights
@@ -62,7 +64,7 @@ class Scheme(_Model):
         return name
 
 
-class Rotation(_Model):
+class Rotation(StrictModel):
     """An orthogonal transform of one activation.
 
     ``folded`` ones are part of the weights on both sides; ``online`` ones run in the
@@ -92,7 +94,7 @@ class Rotation(_Model):
         return self
 
 
-class Rotations(_Model):
+class Rotations(StrictModel):
     """Every transform of the model; a field that is None has none."""
 
     residual: Rotation | None = None
@@ -112,7 +114,7 @@ class Rotations(_Model):
     """Any tensor parallel size that divides this serves the same function."""
 
 
-class Provenance(_Model):
+class Provenance(StrictModel):
     """Where a calibrated checkpoint came from."""
 
     base_model: str
@@ -121,7 +123,7 @@ class Provenance(_Model):
     recipe_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class LowbitConfig(_Model):
+class LowbitConfig(StrictModel):
     """``quantization_config`` of a lowbit checkpoint."""
 
     quant_method: Literal["lowbit"] = "lowbit"
@@ -141,10 +143,10 @@ class LowbitConfig(_Model):
         Raises:
             ConfigError: naming every offending key, its value and what is allowed.
         """
-        return _parse(cls, data, source)
+        return validate(cls, data, source)
 
 
-class TensorEntry(_Model):
+class TensorEntry(StrictModel):
     """One tensor of a checkpoint."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$")
@@ -159,7 +161,7 @@ class TensorEntry(_Model):
         return self
 
 
-class Manifest(_Model):
+class Manifest(StrictModel):
     """Every tensor of a checkpoint: the file lowbit_manifest.json beside it."""
 
     format_version: Literal[1] = 1
@@ -168,10 +170,10 @@ class Manifest(_Model):
     @classmethod
     def parse(cls, data: object, source: str) -> Self:
         """As :meth:`LowbitConfig.parse`."""
-        return _parse(cls, data, source)
+        return validate(cls, data, source)
 
 
-class LoadTimeOptions(_Model):
+class LoadTimeOptions(StrictModel):
     """What a user may choose for a plain checkpoint."""
 
     scheme: str = "w4a4kv4"
@@ -181,7 +183,7 @@ class LoadTimeOptions(_Model):
     @classmethod
     def parse(cls, data: object, source: str) -> Self:
         """As :meth:`LowbitConfig.parse`."""
-        return _parse(cls, data, source)
+        return validate(cls, data, source)
 
 
 # Name -> (weight bits, activation bits, KV bits); a suffix -gN sets the group size.
@@ -216,13 +218,13 @@ def scheme_from_name(
     match = re.fullmatch(r"([a-z0-9]+)(?:-g([1-9][0-9]{0,3}))?", name)
     if match is None or match[1] not in _SCHEMES:
         raise ConfigError(
-            f"scheme {_short(name)} does not exist; supported: "
+            f"scheme {shorten(name)} does not exist; supported: "
             f"{', '.join(SCHEME_NAMES)}, "
             "each with an optional group size such as w4a16-g128"
         )
     weight_bits, activation_bits, kv_bits = _SCHEMES[match[1]]
     group_size = int(match[2]) if match[2] else None
-    return _parse(
+    return validate(
         Scheme,
         {
             "weights": {
@@ -242,26 +244,34 @@ def scheme_from_name(
     )
 
 
-def _parse(model: type[_T], data: object, source: str) -> _T:
+def validate(model: type[_T], data: object, source: str) -> _T:
+    """``data`` as a model.
+
+    Raises:
+        ConfigError: naming ``source`` and every offending key, its value and what is
+            allowed.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(
-            f"key {_path(e['loc'])}: {e['msg']}"
-            + ("" if e["type"] == "missing" else f", got {_short(e['input'])}")
+            f"key {dotted(e['loc'])}: {e['msg']}"
+            + ("" if e["type"] == "missing" else f", got {shorten(e['input'])}")
             for e in error.errors()[:8]
         )
         raise ConfigError(f"{source}: {problems}") from None
 
 
-def _path(keys: tuple[int | str, ...]) -> str:
+def dotted(keys: tuple[int | str, ...]) -> str:
+    """A path of keys for a message; what is no plain word is quoted."""
     names = (
-        key if isinstance(key, str) and re.fullmatch(r"\w{1,40}", key) else _short(key)
+        key if isinstance(key, str) and re.fullmatch(r"\w{1,40}", key) else shorten(key)
         for key in keys
     )
     return ".".join(names) or "(top level)"
 
 
-def _short(value: object) -> str:
+def shorten(value: object) -> str:
+    """``repr`` of a value for a message: at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -8,6 +8,7 @@ import torch
 
 from .kernels import dispatch
 from .kernels.kv4_store.layout import bytes_per_token
+from .lowbit_checkpoint import residual_is_online
 from .schema import LowbitConfig, Rotation
 
 if TYPE_CHECKING:
@@ -39,6 +40,17 @@ def linear_ready(method: "LowbitLinearMethod") -> None:
     )
 
 
+def vocabulary_ready(config: LowbitConfig, backend: str) -> None:
+    """Log the class of embedding and head, once per process."""
+    bits = config.scheme.vocab_bits
+    stored = "unquantized" if bits == 16 else f"int{bits} symmetric per row"
+    residual = config.rotations.residual if residual_is_online(config) else None
+    _log_once(
+        f"vocabulary: embedding and head {stored}, {_rotation(residual)}, "
+        f"backend {backend}"
+    )
+
+
 def attention_ready(config: LowbitConfig, layer: Any) -> None:
     """Log the attention class, once per process."""
     device = torch.get_default_device().type
@@ -46,8 +58,9 @@ def attention_ready(config: LowbitConfig, layer: Any) -> None:
     _log_once(
         f"attention: KV cache int{config.scheme.kv_cache.bits} asymmetric per token "
         f"and head, {bytes_per_token(layer.head_size)} bytes per token and head of "
-        f"{layer.head_size}, keys {_rotation(config.rotations.k)}, values rotation "
-        f"folded, backend {row.backend}"
+        f"{layer.head_size}, keys {_rotation(config.rotations.k)}, values "
+        f"{'not rotated' if config.rotations.v is None else 'rotation folded'}, "
+        f"backend {row.backend}"
     )
 
 

@@ -27,7 +27,7 @@ def hadamard(
     check_blocks(x.shape[-1], order, stride)
     blocks = x.unflatten(-1, (-1, order, stride)).transpose(-1, -2)
     integers, unit = fixed_point(blocks, FRACTION_BITS)
-    left, right = _kronecker(order, transpose, x.device)
+    left, right = kronecker(order, transpose, x.device)
     sums = integers.reshape(-1, left.shape[0], right.shape[0]) @ right
     if left.shape[0] > 1:
         sums = left @ sums
@@ -36,7 +36,7 @@ def hadamard(
 
 
 @functools.lru_cache(maxsize=64)
-def _kronecker(
+def kronecker(
     order: int, transpose: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors with ``H = left (x) right^T``, of about equal size, float64."""

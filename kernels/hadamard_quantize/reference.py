@@ -8,12 +8,20 @@ from ..hadamard.generic import hadamard
 
 
 def transform(
-    x: torch.Tensor, input_scale: torch.Tensor | None, order: int, stride: int
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    transpose: bool = False,
 ) -> torch.Tensor:
-    """``H (input_scale * x)`` in float32; arguments as in :func:`hadamard_quantize`."""
+    """``H (input_scale * x)`` in float32; arguments as in :func:`hadamard_quantize`.
+
+    Args:
+        transpose: ``H^T``, the inverse, in place of H.
+    """
     scaled = x.float() if input_scale is None else x.float() * input_scale
     if order > 1:
-        return hadamard(scaled, order, stride)
+        return hadamard(scaled, order, stride, transpose=transpose)
     # Never the input itself: an op's result must not alias its argument.
     return scaled.clone() if scaled is x else scaled.contiguous()
 

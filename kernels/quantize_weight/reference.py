@@ -39,14 +39,22 @@ def quantize_weight(
     step = max(1, _BLOCK_ELEMENTS // size)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
-        codes[part], scale[part], zero_point[part] = _best_clip(rows[part], grid)
+        scale[part], zero_point[part] = best_clip(rows[part], grid)
+        codes[part] = grid.encode(rows[part], scale[part], zero_point[part])
     shape = (n, k // size)
     return codes.view(n, k), scale.view(shape), zero_point.view(shape)
 
 
-def _best_clip(
-    rows: torch.Tensor, grid: IntGrid
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def best_clip(rows: torch.Tensor, grid: IntGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point with which each row has the smallest squared error.
+
+    Args:
+        rows: ``[rows, n]``, any float dtype.
+        grid: the codes to use.
+
+    Returns:
+        scale float32 and zero_point int32, ``[rows, 1]``.
+    """
     rows = rows.float()
     best_error = torch.full_like(rows[:, :1], torch.inf)
     best_ratio = torch.ones_like(best_error)
@@ -57,5 +65,4 @@ def _best_clip(
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_ratio = torch.where(better, ratio, best_ratio)
-    scale, zero_point = grid.parameters(rows, best_ratio)
-    return grid.encode(rows, scale, zero_point), scale, zero_point
+    return grid.parameters(rows, best_ratio)

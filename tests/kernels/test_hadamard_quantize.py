@@ -76,6 +76,26 @@ def test_direction_is_h_and_not_its_transpose() -> None:
     actual = transform(x, None, 28, 1).double()
     torch.testing.assert_close(actual, h, rtol=0, atol=1e-5)
     assert (actual - ht).abs().max() > 0.1
+    back = transform(x, None, 28, 1, transpose=True).double()
+    torch.testing.assert_close(back, ht, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("order", "stride"), [(192, 1), (384, 1), (12, 16), (1, 1)])
+def test_transpose_is_the_inverse(order: int, stride: int) -> None:
+    x = torch.randn(3, 384)
+    there = transform(x, None, order, stride)
+    back = transform(there, None, order, stride, transpose=True)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-5)
+    if order > 1:
+        wrong = transform(there, None, order, stride)
+        assert (wrong - x).abs().max() > 0.1
+
+
+def test_input_scale_comes_before_the_transpose_too() -> None:
+    x, input_scale = torch.randn(3, 24), torch.rand(24) + 0.5
+    before = float64_hadamard.hadamard(x.double() * input_scale, 24, transpose=True)
+    actual = transform(x, input_scale, 24, 1, transpose=True)
+    torch.testing.assert_close(actual.double(), before, rtol=0, atol=1e-5)
 
 
 def test_an_outlier_is_spread() -> None:

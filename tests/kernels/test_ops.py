@@ -50,6 +50,7 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
             (activations(), None, 128, 1),
             (activations(bf16), input_scale, 1, 1),
             (activations(fp16), None, 4, 32),
+            (torch.randn(5, 24), None, 12, 2, True),
         ],
         "hadamard_quantize": [
             (activations(), input_scale, 128, 1, 4, False),

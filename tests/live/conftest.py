@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
-from vllm_lowbit.schema import scheme_from_name
+from vllm_lowbit.schema import Scheme, scheme_from_name
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "ref-7m"
@@ -118,11 +118,22 @@ class _ServedReference(ReferenceLlama):
 def served_reference(model: str) -> Any:
     """``served_reference(scheme, dtype)``: the reference of an eager server."""
 
-    def build(scheme: str, dtype: torch.dtype = torch.float32) -> ReferenceLlama:
-        config = load_time_config(model, scheme_from_name(scheme))
-        return _ServedReference(model, config, dtype)
+    def build(
+        scheme: str | Scheme, dtype: torch.dtype = torch.float32
+    ) -> ReferenceLlama:
+        if isinstance(scheme, str):
+            scheme = scheme_from_name(scheme)
+        return _ServedReference(model, load_time_config(model, scheme), dtype)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def served_checkpoint() -> Any:
+    """``served_checkpoint(directory, dtype)``: the same of a lowbit checkpoint."""
+    return lambda directory, dtype=torch.float32: _ServedReference(
+        str(directory), None, dtype
+    )
 
 
 @contextlib.contextmanager

@@ -151,11 +151,12 @@ def test_pages_in_the_live_cache_are_the_reference_packing(
 def test_log_tells_what_runs(server: SimpleNamespace) -> None:
     lines = re.findall(r"lowbit (\w+): (.*)", server.log.read_text())
     classes = dict(lines)
-    assert len(lines) == len(classes) == 5
+    assert len(lines) == len(classes) == 6
     for role in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
         assert "weights int4" in classes[role]
         assert "activations int4" in classes[role]
         assert "backend generic" in classes[role]
+    assert classes["vocabulary"].startswith("embedding and head unquantized, no")
     assert "KV cache int4" in classes["attention"]
     assert "backend generic" in classes["attention"]
 
@@ -170,6 +171,7 @@ def test_metrics(server: SimpleNamespace) -> None:
         "weights": "int4",
         "activations": "int4",
         "kv": "int4",
+        "vocabulary": "unquantized",
         "backend": "generic",
     }
     per_token = re.search(r"^vllm_lowbit_kv_bytes_per_token (\S+)$", text, re.MULTILINE)

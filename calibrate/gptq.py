@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ: rounding that makes up for each column's error in the columns after it.
+
+Frantar et al., GPTQ, 2023, section 3.3: columns are quantized one after another with
+the Cholesky factor of the inverse Hessian, in blocks so that most updates are GEMMs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CalibrationError
+from ..kernels.grid import IntGrid, decode
+from ..kernels.quantize_weight.reference import best_clip
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """Settings of :func:`gptq`.
+
+    Attributes:
+        damping: fraction of the Hessian's mean diagonal that is added to it.
+        block_size: columns between two updates of the rest.
+        act_order: take the columns by decreasing Hessian diagonal.
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+    act_order: bool = False
+
+
+class Hessian:
+    """``X^T X`` of a linear's inputs, in float64, over any number of calls."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add the rows of x ``[..., columns]``, as the linear reads them."""
+        rows = x.flatten(0, -2)
+        # float32 over a few thousand rows, float64 across.
+        for part in rows.split(4096):
+            self.sum += (part.t() @ part).double()
+
+
+def gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: IntGrid,
+    group_size: int | None,
+    options: GPTQOptions,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize a weight so that its outputs on the calibration inputs change least.
+
+    Scales come from the MSE clip search on the weight as it was (static groups), so
+    the order of columns leaves no trace in the result's format.
+
+    Args:
+        weight: float32 ``[n, k]``.
+        hessian: float64 ``[k, k]``, of the quantized inputs.
+        grid: the codes to use.
+        group_size: elements of k that share a scale; None for whole rows.
+        options: damping, block size, order.
+        name: of the linear, for errors.
+
+    Returns:
+        codes int8 ``[n, k]``, scale float32 and zero_point int32 ``[n, groups]``.
+
+    Raises:
+        CalibrationError: when the Hessian is not finite or not positive definite.
+    """
+    n, k = weight.shape
+    size = k if group_size is None else group_size
+    scale, zero_point = best_clip(weight.reshape(-1, size), grid)
+    scale, zero_point = scale.view(n, -1), zero_point.view(n, -1)
+    order = torch.arange(k, device=weight.device)
+    if options.act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], options.damping, name)
+    columns = order // size
+    codes = _round_columns(
+        weight[:, order],
+        factor.to(weight.dtype),
+        grid,
+        scale[:, columns],
+        zero_point[:, columns],
+        options.block_size,
+    )
+    return codes[:, torch.argsort(order)], scale, zero_point
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
+    """Upper Cholesky factor of the damped Hessian's inverse, float64."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(
+            f"linear {name}: its calibration inputs hold an Inf or NaN"
+        )
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    # An input that is always zero is rounded on its own.
+    diagonal[diagonal == 0] = mean
+    diagonal += damping * mean
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if not int(failed):
+        inverse = torch.cholesky_inverse(lower)
+        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    if int(failed):
+        raise CalibrationError(
+            f"linear {name}: the Hessian of its inputs is not positive definite; "
+            f"raise weights.damping (it is {damping}) or use more samples"
+        )
+    return factor
+
+
+def _round_columns(
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    grid: IntGrid,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    block_size: int,
+) -> torch.Tensor:
+    """Codes ``[n, k]``; scale and zero_point ``[n, k]`` belong to each column."""
+    n, k = weight.shape
+    # Rows of the transpose are columns in one piece of memory.
+    rest, scale, zero_point = (t.t().contiguous() for t in (weight, scale, zero_point))
+    codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
+    for start in range(0, k, block_size):
+        end = min(start + block_size, k)
+        errors = torch.empty(end - start, n, dtype=rest.dtype, device=rest.device)
+        for i in range(start, end):
+            codes[i] = grid.encode(rest[i], scale[i], zero_point[i])
+            error = rest[i] - decode(codes[i], scale[i], zero_point[i])
+            error = error / factor[i, i]
+            errors[i - start] = error
+            rest[i + 1 : end] -= factor[i, i + 1 : end].unsqueeze(1) * error
+        rest[end:] -= factor[start:end, end:].t() @ errors
+    return codes.t().contiguous()

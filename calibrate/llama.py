@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama decoder layer in stages, in any float dtype, with quantizers that can be off.
+
+Calibration runs it over many windows at once. It uses the serving grids but float
+GEMMs; ``reference_model.py`` is the bit-exact mirror of the server.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ..architecture import LlamaShape
+from ..kernels.grid import IntGrid, decode, kv_decode, kv_encode, kv_parameters
+from .transforms import Orthogonal
+
+# Linears of a layer that read the same input, in the order they run.
+STAGES = {
+    "attn_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_input": ("self_attn.o_proj",),
+    "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_input": ("mlp.down_proj",),
+}
+# The two that end in a sum into the residual stream.
+RESIDUAL_STAGES = ("o_input", "down_input")
+Observer = Callable[[str, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Online:
+    """What the server does to activations.
+
+    Attributes:
+        activations: grid of every linear's input, None to leave it unquantized.
+        kv4: whether keys and values go through the 4-bit cache.
+        key: rotation of queries and keys after RoPE.
+        down: rotation of down_proj's input.
+    """
+
+    activations: IntGrid | None = None
+    kv4: bool = False
+    key: Orthogonal | None = None
+    down: Orthogonal | None = None
+
+
+class LlamaStages:
+    """The pieces of one decoder layer; weights are given with each call.
+
+    Args:
+        config: of the model.
+        shape: its sizes.
+        online: quantizers and rotations; the default computes the float model.
+        device: where activations live.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        shape: LlamaShape,
+        online: Online | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.shape = shape
+        self.online = online or Online()
+        self.eps = float(config.rms_norm_eps)
+        self.rotary = LlamaRotaryEmbedding(config).to(device)
+
+    def input_of(
+        self, stage: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """What the linears of a stage read, before quantization.
+
+        Args:
+            stage: one of STAGES.
+            weights: of the layer, by name after ``model.layers.N.``.
+            x: ``[windows, tokens, hidden]``, the residual stream before attention
+                for ``attn_input`` and ``o_input``, after it for the others.
+        """
+        match stage:
+            case "attn_input":
+                return self.norm(x, weights["input_layernorm.weight"])
+            case "o_input":
+                h = self.norm(x, weights["input_layernorm.weight"])
+                return self._attend(*self.linears("attn_input", weights, h))
+            case "mlp_input":
+                return self.norm(x, weights["post_attention_layernorm.weight"])
+            case "down_input":
+                h = self.norm(x, weights["post_attention_layernorm.weight"])
+                gate, up = self.linears("mlp_input", weights, h)
+                h = functional.silu(gate) * up
+                down = self.online.down
+                return h if down is None else down.right(h)
+        raise ValueError(f"no stage {stage!r}")
+
+    def linears(
+        self, stage: str, weights: Mapping[str, torch.Tensor], h: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Outputs of a stage's linears for their unquantized input h."""
+        h = self.quantized(h)
+        return [
+            functional.linear(h, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+            for name in STAGES[stage]
+        ]
+
+    def update(
+        self,
+        stage: str,
+        weights: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        observe: Observer | None = None,
+    ) -> torch.Tensor:
+        """The residual stream x after attention (``o_input``) or MLP (``down_input``).
+
+        Args:
+            observe: called with the stage and the unquantized input of its linear.
+        """
+        h = self.input_of(stage, weights, x)
+        if observe is not None:
+            observe(stage, h)
+        return x + self.linears(stage, weights, h)[0]
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm."""
+        variance = x.square().mean(dim=-1, keepdim=True)
+        return x * torch.rsqrt(variance + self.eps) * weight
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """x on the activation grid, per token."""
+        grid = self.online.activations
+        return x if grid is None else decode(*grid.quantize(x))
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Causal attention from projections ``[windows, tokens, heads * head_dim]``."""
+        q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)) for t in (q, k, v))
+        q, k = self._rope(q), self._rope(k)
+        if self.online.key is not None:
+            q, k = self.online.key.right(q), self.online.key.right(k)
+        if self.online.kv4:
+            k, v = through_cache(k), through_cache(v)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+    def _rope(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions))
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def through_cache(x: torch.Tensor) -> torch.Tensor:
+    """x ``[..., head_dim]`` quantized to the 4-bit cache and read back."""
+    scale, zero = kv_parameters(x)
+    return kv_decode(kv_encode(x, scale, zero), scale, zero).to(x.dtype)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to what the checkpoint will say and what each layer is folded with."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..architecture import (
+    MIN_BLOCK,
+    PARALLEL_SIZES,
+    LlamaShape,
+    check_scheme,
+    order_per_shard,
+)
+from ..errors import UnsupportedError
+from ..kernels.grid import IntGrid
+from ..kernels.hadamard.matrices import largest_order
+from ..kernels.hadamard.signs import random_signs
+from ..schema import (
+    LowbitConfig,
+    Provenance,
+    Rotation,
+    Rotations,
+    Scheme,
+    scheme_from_name,
+)
+from .llama import Online
+from .recipe import Recipe
+from .transforms import LayerTransforms, SignedHadamard
+
+
+def plan(
+    shape: LlamaShape, recipe: Recipe, source: str, provenance: Provenance
+) -> LowbitConfig:
+    """The checkpoint's config.
+
+    Args:
+        shape: sizes of the model.
+        recipe: how it is quantized.
+        source: file named in errors.
+        provenance: where it comes from.
+
+    Raises:
+        UnsupportedError: when the scheme or a transform does not fit the sizes.
+    """
+    scheme = scheme_from_name(
+        recipe.scheme, recipe.activations.symmetric, recipe.vocab_bits
+    )
+    check_scheme(shape, scheme, source)
+    return LowbitConfig(
+        scheme=scheme,
+        rotations=_rotations(shape, recipe, scheme, source),
+        provenance=provenance,
+    )
+
+
+def _rotations(
+    shape: LlamaShape, recipe: Recipe, scheme: Scheme, source: str
+) -> Rotations:
+    chosen, head_dim = recipe.transforms, shape.head_dim
+    residual = value = key = down = None
+    if chosen.residual == "hadamard":
+        order = _order("hidden_size", shape.hidden_size, source)
+        residual = Rotation(
+            apply="online" if shape.tie_word_embeddings else "folded",
+            order=order,
+            block=order,
+            sign_seed=recipe.seed,
+        )
+    if chosen.value == "hadamard":
+        value = Rotation(
+            apply="folded",
+            order=head_dim,
+            block=head_dim,
+            sign_seed=(recipe.seed + 1) % (1 << 63),
+        )
+    if chosen.key == "hadamard" and scheme.kv_cache.bits != 16:
+        key = Rotation(apply="online", order=head_dim, block=head_dim)
+    sizes = [
+        size
+        for size in PARALLEL_SIZES
+        if shape.num_heads % size == shape.intermediate_size % size == 0
+    ]
+    parallel = sizes[0]
+    if chosen.down_input == "hadamard":
+        _order("intermediate_size", shape.intermediate_size, source)
+        order, parallel = order_per_shard(shape.intermediate_size, MIN_BLOCK, sizes)
+        down = Rotation(apply="online", order=order, block=order)
+    return Rotations(
+        residual=residual,
+        k=key,
+        v=value,
+        down_input=down,
+        max_tensor_parallel_size=parallel,
+    )
+
+
+def _order(name: str, size: int, source: str) -> int:
+    order = largest_order(size)
+    if order < MIN_BLOCK:
+        raise UnsupportedError(
+            f"{source}: {name} {size} has no Hadamard block: the largest order that "
+            f"divides it is {order}, at least {MIN_BLOCK} is supported; use a recipe "
+            "without that transform"
+        )
+    return order
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """The transforms a config stands for, as the fold takes them."""
+
+    residual: SignedHadamard | None
+    down: SignedHadamard | None
+    key: SignedHadamard | None
+    value_signs: torch.Tensor | None
+    """int8 ``[layers, num_kv_heads * head_dim]``."""
+    head_dim: int
+
+    @classmethod
+    def of(cls, shape: LlamaShape, rotations: Rotations) -> "Transforms":
+        """Build them, signs included, from what the config records."""
+
+        def signed(rotation: Rotation | None, size: int) -> SignedHadamard | None:
+            if rotation is None:
+                return None
+            seed = rotation.sign_seed
+            signs = None if seed is None else random_signs(seed, size)
+            return SignedHadamard(rotation.order, signs)
+
+        value_signs = None
+        if rotations.v is not None and rotations.v.sign_seed is not None:
+            width = shape.num_kv_heads * shape.head_dim
+            signs = random_signs(rotations.v.sign_seed, shape.num_layers * width)
+            value_signs = signs.view(shape.num_layers, width)
+        return cls(
+            residual=signed(rotations.residual, shape.hidden_size),
+            down=signed(rotations.down_input, shape.intermediate_size),
+            key=signed(rotations.k, shape.head_dim),
+            value_signs=value_signs,
+            head_dim=shape.head_dim,
+        )
+
+    def layer(self, index: int) -> LayerTransforms:
+        """Those of one decoder layer."""
+        value = None
+        if self.value_signs is not None:
+            value = SignedHadamard(self.head_dim, self.value_signs[index])
+        return LayerTransforms(value=value, down=self.down)
+
+
+def online(scheme: Scheme, transforms: Transforms) -> Online:
+    """What the server will do to activations."""
+    activations = scheme.activations
+    grid = None
+    if activations.bits != 16:
+        grid = IntGrid(activations.bits, activations.symmetric)
+    return Online(
+        activations=grid,
+        kv4=scheme.kv_cache.bits == 4,
+        key=transforms.key,
+        down=transforms.down,
+    )

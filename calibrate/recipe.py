@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: how a checkpoint is made, from a YAML file.
+
+The built-in ones are in ``recipes/``. A recipe, the base model, the text and the
+versions of the software determine the checkpoint.
+"""
+
+import difflib
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
+
+from ..errors import ConfigError
+from ..schema import (
+    DEFAULT_SCHEME,
+    StrictModel,
+    dotted,
+    scheme_from_name,
+    shorten,
+    validate,
+)
+from .files import read_bytes
+from .strict_yaml import KeyPath, parse_mapping
+
+RECIPES = Path(__file__).parent / "recipes"
+MAX_BYTES = 1 << 16
+MAX_SEED = (1 << 63) - 1
+_GPTQ_ONLY = ("damping", "block_size", "act_order")
+
+Transform = Literal["hadamard", "none"]
+
+
+class Transforms(StrictModel):
+    """Function-preserving transforms of the float model."""
+
+    residual: Transform = "hadamard"
+    """Random-sign Hadamard of the residual stream."""
+    value: Transform = "hadamard"
+    """Per KV head, folded."""
+    key: Transform = "hadamard"
+    """Online on q and k after RoPE; only used with a quantized cache."""
+    down_input: Transform = "hadamard"
+    """Online before down_proj."""
+    equalize: bool = False
+    """Scales between up and down, and v and o (see equalize.py); folded."""
+
+
+class WeightMethod(StrictModel):
+    """How weights are rounded to their grid; with rtn the other fields mean nothing."""
+
+    method: Literal["rtn", "gptq"] = "gptq"
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
+    block_size: Annotated[int, Field(ge=1, le=4096)] = 128
+    """Columns that are updated together."""
+    act_order: bool = False
+    """Columns by decreasing diagonal of the Hessian."""
+
+    # Runs for keys that are given, not for defaults.
+    @field_validator(*_GPTQ_ONLY)
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("method") == "rtn":
+            raise ValueError("has no effect with method rtn, remove it or use gptq")
+        return value
+
+
+class ActivationGrid(StrictModel):
+    """Grid of the linear inputs; their bits are the scheme's."""
+
+    symmetric: bool = False
+
+
+class Data(StrictModel):
+    """How much text calibration reads."""
+
+    samples: Annotated[int, Field(ge=1, le=1 << 16)] = 128
+    """Windows."""
+    seq_len: Annotated[int, Field(ge=2, le=1 << 17)] = 512
+    """Tokens of a window."""
+
+
+class Recipe(StrictModel):
+    """How a checkpoint is made from a model."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "custom"
+    """What the checkpoint calls it; :meth:`sha256` identifies it."""
+    scheme: str = DEFAULT_SCHEME
+    """A name :func:`~vllm_lowbit.schema.scheme_from_name` knows."""
+    transforms: Transforms = Transforms()
+    weights: WeightMethod = WeightMethod()
+    activations: ActivationGrid = ActivationGrid()
+    vocab_bits: Literal[8, 16] = 16
+    data: Data = Data()
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """Of random signs and of the choice of windows."""
+
+    @field_validator("scheme")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        scheme_from_name(name)
+        return name
+
+    def override(
+        self,
+        scheme: str | None = None,
+        samples: int | None = None,
+        seq_len: int | None = None,
+        seed: int | None = None,
+        vocab_bits: int | None = None,
+    ) -> Self:
+        """This recipe with what is not None replaced.
+
+        Raises:
+            ConfigError: naming the key, for a value it cannot have.
+        """
+        data = self._mapping()
+        top = {"scheme": scheme, "seed": seed, "vocab_bits": vocab_bits}
+        data |= {key: value for key, value in top.items() if value is not None}
+        sizes = {"samples": samples, "seq_len": seq_len}
+        data["data"] |= {
+            key: value for key, value in sizes.items() if value is not None
+        }
+        return validate(type(self), data, "recipe")
+
+    def text(self) -> str:
+        """The recipe as a file: every key that has an effect, in a fixed order.
+
+        Parsing it gives an equal recipe, and equal recipes have equal texts.
+        """
+        body = yaml.safe_dump(self._mapping(), sort_keys=False)
+        return f"# Recipe of vllm-lowbit calibrate, every key filled in.\n{body}"
+
+    def sha256(self) -> str:
+        """Hash of :meth:`text` in UTF-8, 64 hexadecimal digits."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    def _mapping(self) -> dict[str, Any]:
+        data = self.model_dump()
+        if self.weights.method == "rtn":
+            data["weights"] = {"method": "rtn"}
+        return data
+
+
+def built_in_recipes() -> tuple[str, ...]:
+    """Names :func:`load_recipe` knows without a file."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A built-in recipe, or one from a YAML file.
+
+    Args:
+        name_or_path: the name of a built-in recipe; else a path, if it ends in .yaml
+            or .yml, has a path separator, or a file of that name is there.
+
+    Raises:
+        ConfigError: as ``FILE:LINE: problem`` for what is wrong inside a file.
+    """
+    names = built_in_recipes()
+    if name_or_path in names:
+        path = RECIPES / f"{name_or_path}.yaml"
+    elif (
+        name_or_path.endswith((".yaml", ".yml"))
+        or os.sep in name_or_path
+        or os.path.isfile(name_or_path)
+    ):
+        path = Path(name_or_path)
+    else:
+        close = difflib.get_close_matches(name_or_path, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ";"
+        raise ConfigError(
+            f"recipe {shorten(name_or_path)} does not exist{hint} built in: "
+            f"{', '.join(names)}; any other is the path of a .yaml file"
+        )
+    return parse_recipe(read_bytes(path, MAX_BYTES), str(path))
+
+
+def parse_recipe(data: bytes, source: str) -> Recipe:
+    """A recipe from the bytes of a YAML file.
+
+    Args:
+        data: UTF-8 YAML.
+        source: file named in errors.
+
+    Raises:
+        ConfigError: as ``SOURCE:LINE: problem`` for every problem, at most 8.
+    """
+    mapping, lines = parse_mapping(data, source)
+    try:
+        return Recipe.model_validate(mapping)
+    except ValidationError as error:
+        located = sorted(_located(details, lines) for details in error.errors())
+        problems = [f"{source}:{line}: {problem}" for line, problem in located[:8]]
+        raise ConfigError("; ".join(problems)) from None
+
+
+def _located(details: ErrorDetails, lines: dict[KeyPath, int]) -> tuple[int, str]:
+    """Line and text of one problem."""
+    path = tuple(str(part) for part in details["loc"])
+    name = f"key {dotted(path)}"
+    if details["type"] == "extra_forbidden":
+        return lines[path], f"{name} does not exist; {_known(path)}"
+    message = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "model_type":
+        message = "must hold keys and values"
+    return lines[path], f"{name}: {message}, got {shorten(details['input'])}"
+
+
+def _known(path: KeyPath) -> str:
+    """What an unknown key may have meant, and the keys there are beside it."""
+    model: Any = Recipe
+    for key in path[:-1]:
+        model = model.model_fields[key].annotation
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    elsewhere = [
+        f"{section}.{path[-1]}"
+        for section, field in Recipe.model_fields.items()
+        if path[-1] in getattr(field.annotation, "model_fields", ())
+    ]
+    hint = f"did you mean {(close + elsewhere)[0]}? " if close or elsewhere else ""
+    return f"{hint}known: {', '.join(known)}"

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linears and vocabulary of the reference model, on the reference operators.
+
+Built from a plain checkpoint, float or quantized as the server does while loading, or
+read from a lowbit one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..architecture import LlamaShape
+from ..checkpoint import safetensors_files
+from ..kernels.grid import IntGrid
+from ..kernels.hadamard.signs import random_signs
+from ..kernels.hadamard_quantize.reference import hadamard_quantize, transform
+from ..kernels.linear_w4a4.reference import linear_w4a4
+from ..kernels.linear_wna16.reference import linear_wna16
+from ..kernels.quantize_weight.reference import quantize_weight
+from ..load_time import (
+    FUSED,
+    QuantizedWeight,
+    fold_bias,
+    quantize_linear,
+    rotations_of,
+)
+from ..lowbit_checkpoint import HEAD_SCALE, VOCABULARY, PackedWeight, residual_is_online
+from ..schema import LowbitConfig, Rotation, Weights
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+_LINEARS = (
+    ("self_attn", "qkv_proj"),
+    ("self_attn", "o_proj"),
+    ("mlp", "gate_up_proj"),
+    ("mlp", "down_proj"),
+)
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear on the reference operators.
+
+    Attributes:
+        weight: codes, scales and zero points, transforms folded.
+        bias: ``[n]`` or None.
+        order: Hadamard order of the online input transform, 1 for none.
+        stride: its stride.
+        activations: grid of the input, None to leave it unquantized.
+    """
+
+    weight: QuantizedWeight
+    bias: torch.Tensor | None
+    order: int
+    stride: int
+    activations: IntGrid | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight, dtype = self.weight, torch.float32
+        if self.activations is None:
+            rotated = transform(x, weight.input_scale, self.order, self.stride)
+            return linear_wna16(
+                rotated, weight.codes, weight.scale, weight.zero_point, self.bias, dtype
+            )
+        grid = self.activations
+        codes, scale, zero_point = hadamard_quantize(
+            x, weight.input_scale, self.order, self.stride, grid.bits, grid.symmetric
+        )
+        return linear_w4a4(
+            codes,
+            scale,
+            zero_point,
+            weight.codes,
+            weight.scale,
+            weight.zero_point,
+            self.bias,
+            dtype,
+        )
+
+
+@dataclass(frozen=True)
+class VocabularyMatrix:
+    """Embedding or head, one row per token id.
+
+    Attributes:
+        values: ``[vocabulary, hidden]``, float32 or the int8 codes of 8 bits.
+        scale: float32 ``[vocabulary, 1]`` of codes, None for a float matrix.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+
+    def rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """float32 ``[tokens, hidden]``."""
+        rows = self.values[token_ids].float()
+        return rows if self.scale is None else rows * self.scale[token_ids]
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 ``[tokens, vocabulary]`` of ``x [tokens, hidden]``."""
+        if self.scale is None:
+            return torch.nn.functional.linear(x, self.values)
+        return linear_wna16(x, self.values, self.scale, None, None, torch.float32)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Embedding and head around the residual stream.
+
+    Attributes:
+        embedding: matrix of the look-up.
+        head: matrix of the logits; the same object where they are tied.
+        residual: transform between them where it is online.
+        signs: of it, ``[hidden]``, None for none.
+        head_scale: float32 ``[hidden]``, applied once it is undone.
+    """
+
+    embedding: VocabularyMatrix
+    head: VocabularyMatrix
+    residual: Rotation | None = None
+    signs: torch.Tensor | None = None
+    head_scale: torch.Tensor | None = None
+
+    def look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """float32 ``[tokens, hidden]``, not yet rounded to the server's dtype."""
+        rows = self.embedding.rows(token_ids)
+        if self.residual is None:
+            return rows
+        return transform(rows, self.signs, self.residual.order, self.residual.stride)
+
+    def logits(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """float32 ``[tokens, vocabulary]``; x is what the final norm returned.
+
+        Args:
+            dtype: of the server, in which it keeps the input of a 16-bit head.
+        """
+        if self.residual is None:
+            return self.head.logits(x)
+        order, stride = self.residual.order, self.residual.stride
+        x = transform(x, None, order, stride, transpose=True)
+        x = x if self.signs is None else x * self.signs
+        x = x if self.head_scale is None else x * self.head_scale
+        return self.head.logits(x if self.head.scale is not None else _round(x, dtype))
+
+
+class WeightReader:
+    """Hands out the weights of a checkpoint that was checked; each once.
+
+    Args:
+        directory: the checkpoint.
+        shape: its sizes.
+        config: scheme and rotations, None for the float model.
+        packed: whether the files hold quantized matrices; otherwise they are
+            quantized here.
+        dtype: of the server, to which it rounds the float tensors it reads.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        shape: LlamaShape,
+        config: LowbitConfig | None,
+        packed: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self._shape, self._config = shape, config
+        self._packed, self._dtype = packed, dtype
+        self._tensors: dict[str, torch.Tensor] = {}
+        for path in safetensors_files(directory):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    self._tensors[name] = file.get_tensor(name)
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Weights of the norms, float32 ``[hidden]``, by the tensor's name."""
+        names = [name for name in self._tensors if name.endswith("norm.weight")]
+        return {name: self._float(name) for name in names}
+
+    def linears(self) -> dict[str, Linear]:
+        """Every linear as vLLM fuses it, by the name of the fused module."""
+        return {
+            f"model.layers.{layer}.{block}.{name}": self._linear(
+                f"model.layers.{layer}.{block}", name
+            )
+            for layer in range(self._shape.num_layers)
+            for block, name in _LINEARS
+        }
+
+    def vocabulary(self) -> Vocabulary:
+        """Embedding and head."""
+        embedding = self._matrix("model.embed_tokens")
+        tied = self._shape.tie_word_embeddings
+        head = embedding if tied else self._matrix("lm_head")
+        if self._config is None or not residual_is_online(self._config):
+            return Vocabulary(embedding, head)
+        residual = self._config.rotations.residual
+        assert residual is not None
+        signs = None
+        if residual.sign_seed is not None:
+            signs = random_signs(residual.sign_seed, self._shape.hidden_size).float()
+        return Vocabulary(
+            embedding, head, residual, signs, self._tensors.pop(HEAD_SCALE)
+        )
+
+    def _float(self, name: str) -> torch.Tensor:
+        return _round(self._tensors.pop(name), self._dtype)
+
+    def _matrix(self, module: str) -> VocabularyMatrix:
+        if self._config is None or self._config.scheme.vocab_bits == 16:
+            return VocabularyMatrix(self._float(f"{module}.weight"))
+        if self._packed:
+            weight = self._unpack(module, self._shape.hidden_size, VOCABULARY)
+            return VocabularyMatrix(weight.codes, weight.scale)
+        grid = IntGrid(VOCABULARY.bits, VOCABULARY.symmetric)
+        codes, scale, _ = quantize_weight(self._float(f"{module}.weight"), grid, None)
+        return VocabularyMatrix(codes, scale)
+
+    def _linear(self, block: str, name: str) -> Linear:
+        parts = FUSED[name]
+        biases = [f"{block}.{part}.bias" for part in parts]
+        found = [self._float(name) for name in biases if name in self._tensors]
+        bias = torch.cat(found) if found else None
+        if self._config is None:
+            weights = [self._float(f"{block}.{part}.weight") for part in parts]
+            weight = torch.cat(weights)
+            return lambda x: torch.nn.functional.linear(x, weight, bias)
+        if self._packed:
+            quantized = self._read(block, name)
+        else:
+            quantized, bias = self._quantize(block, name, bias)
+        online = rotations_of(self._config.rotations, parts[0]).online_input
+        activations = self._config.scheme.activations
+        return QuantizedLinear(
+            weight=quantized,
+            bias=bias,
+            order=1 if online is None else online.order,
+            stride=1 if online is None else online.stride,
+            activations=None
+            if activations.bits == 16
+            else IntGrid(activations.bits, activations.symmetric),
+        )
+
+    def _quantize(
+        self, block: str, name: str, bias: torch.Tensor | None
+    ) -> tuple[QuantizedWeight, torch.Tensor | None]:
+        """Fold and quantize the float weight as the server does while loading."""
+        assert self._config is not None
+        stack = [self._float(f"{block}.{part}.weight") for part in FUSED[name]]
+        sizes = [len(rows) for rows in stack]
+        around = [rotations_of(self._config.rotations, part) for part in FUSED[name]]
+        weights = self._config.scheme.weights
+        quantized = quantize_linear(torch.cat(stack), sizes, around, weights)
+        return quantized, None if bias is None else fold_bias(bias, sizes, around)
+
+    def _read(self, block: str, name: str) -> QuantizedWeight:
+        assert self._config is not None
+        columns = {
+            "o_proj": self._shape.num_heads * self._shape.head_dim,
+            "down_proj": self._shape.intermediate_size,
+        }.get(name, self._shape.hidden_size)
+        weights = self._config.scheme.weights
+        parts = [
+            self._unpack(f"{block}.{part}", columns, weights) for part in FUSED[name]
+        ]
+        zero_points = [p.zero_point for p in parts if p.zero_point is not None]
+        return QuantizedWeight(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zero_points) if zero_points else None,
+            None,
+        )
+
+    def _unpack(self, module: str, columns: int, weights: Weights) -> QuantizedWeight:
+        stored = PackedWeight(
+            self._tensors.pop(f"{module}.weight_packed"),
+            self._tensors.pop(f"{module}.weight_scale"),
+            self._tensors.pop(f"{module}.weight_zero_point", None),
+        )
+        codes = stored.codes(module, columns, weights)
+        return QuantizedWeight(codes, stored.scale, stored.zero_point, None)
+
+
+def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype).float()

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that is calibrated: where it is, and its tensors one at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+
+from ..architecture import LlamaShape
+from ..checkpoint import check_plain_checkpoint, safetensors_files
+from ..errors import ConfigError
+from ..lowbit_checkpoint import read_config
+from .writer import LICENCES
+
+_NEEDED = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "*.md",
+    "tokenizer*",
+    "LICENSE*",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A plain checkpoint on disk.
+
+    Attributes:
+        directory: where it is.
+        name: hub name, or the directory's own name.
+        revision: commit of the hub it was taken from, None for a plain directory.
+        shape: its sizes.
+        files: file of each tensor.
+    """
+
+    directory: Path
+    name: str
+    revision: str | None
+    shape: LlamaShape
+    files: dict[str, Path]
+
+    @classmethod
+    def open(cls, model: str) -> "Source":
+        """Find a model and check that its files are whole.
+
+        Args:
+            model: local directory, or a name on the hub.
+
+        Raises:
+            ConfigError: when it is not there, or already quantized.
+            UnsupportedError, CheckpointError: for an architecture that is not
+                supported or tensors that are missing, misshaped or not float.
+        """
+        directory = _locate(model)
+        config, quantized = read_config(str(directory))
+        source = f"{directory / 'config.json'}"
+        if quantized is not None:
+            raise ConfigError(
+                f"{source}: the checkpoint is already quantized by 'lowbit'; calibrate "
+                "its base model"
+            )
+        shape = LlamaShape.from_config(config, source)
+        check_plain_checkpoint(str(directory), shape)
+        files: dict[str, Path] = {}
+        for path in safetensors_files(directory):
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        # Hub downloads lie in snapshots/<commit>.
+        resolved = directory.resolve()
+        in_hub = resolved.parent.name == "snapshots"
+        return cls(
+            directory=directory,
+            name=model if not Path(model).is_dir() else resolved.name,
+            revision=resolved.name if in_hub else None,
+            shape=shape,
+            files=files,
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, read now."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        """Tensors of a decoder layer, by name after ``model.layers.N.``."""
+        prefix = f"model.layers.{index}."
+        return {
+            name.removeprefix(prefix): self.tensor(name)
+            for name in self.shape.tensors()
+            if name.startswith(prefix)
+        }
+
+
+def _locate(model: str) -> Path:
+    directory = Path(model)
+    if directory.is_dir():
+        return directory
+    if directory.exists() or model.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"model {model}: not a directory")
+    try:
+        return Path(snapshot_download(model, allow_patterns=[*_NEEDED, *LICENCES]))
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model {model}: neither a directory nor a hub name: {error}"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"model {model}: not a directory, and could not be downloaded: {error}"
+        ) from None

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Function-preserving transforms of a Llama, and folding them into its weights.
+
+Row-vector convention: an activation x becomes ``x R``; a weight ``[out, in]`` that
+reads it becomes ``W R``, one that writes it ``R^T W``. Everything is float64. Where
+each transform lives is that of OSTQuant (Hu et al., 2025, section 3) and QuaRot
+(Ashkboos et al., 2024, section 4); scales divide what is written and multiply what
+reads it.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..architecture import LlamaShape
+from ..kernels.hadamard.generic import kronecker
+from ..kernels.hadamard.matrices import matrix
+
+Tensors = dict[str, torch.Tensor]
+NORMS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+# Up to here one large GEMM is faster than many small ones.
+DENSE_ORDER = 1024
+
+
+class Orthogonal(Protocol):
+    """An orthogonal matrix R of the size of the last dimension it is applied to."""
+
+    def right(self, x: torch.Tensor) -> torch.Tensor:
+        """``x R``, over the last dimension."""
+
+    def repeat(self, group: int) -> "Orthogonal":
+        """Every diagonal block ``group`` times in a row: from KV heads to heads."""
+
+
+@dataclass(frozen=True)
+class SignedHadamard:
+    """``x -> H (signs * x)`` in blocks, H normalised.
+
+    Attributes:
+        order: of H; blocks of this size lie side by side.
+        signs: ``[n]`` of +1 and -1, or None for all +1.
+    """
+
+    order: int
+    signs: torch.Tensor | None = None
+
+    def right(self, x: torch.Tensor) -> torch.Tensor:
+        if self.signs is not None:
+            x = x * self.signs.to(x)
+        if self.order <= DENSE_ORDER:
+            blocks = x.unflatten(-1, (-1, self.order))
+            return (blocks @ _transposed(self.order, x.dtype, x.device)).view(x.shape)
+        left, right = (m.to(x.dtype) for m in kronecker(self.order, False, x.device))
+        blocks = x.unflatten(-1, (-1, left.shape[0], right.shape[0]))
+        return ((left @ (blocks @ right)) * self.order**-0.5).reshape(x.shape)
+
+    def repeat(self, group: int) -> "SignedHadamard":
+        if self.signs is None:
+            return self
+        signs = self.signs.view(-1, self.order).repeat_interleave(group, dim=0)
+        return SignedHadamard(self.order, signs.flatten())
+
+
+@functools.lru_cache(maxsize=8)
+def _transposed(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Normalised ``H^T``."""
+    h = matrix(order).to(device, torch.float64) * order**-0.5
+    return h.t().contiguous().to(dtype)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Orthogonal blocks along the diagonal, ``[blocks, d, d]``."""
+
+    blocks: torch.Tensor
+
+    def right(self, x: torch.Tensor) -> torch.Tensor:
+        split = x.unflatten(-1, self.blocks.shape[:2])
+        return torch.einsum("...bi,bij->...bj", split, self.blocks.to(x)).flatten(-2)
+
+    def repeat(self, group: int) -> "Dense":
+        return Dense(self.blocks.repeat_interleave(group, dim=0))
+
+
+@dataclass(frozen=True)
+class LayerTransforms:
+    """Transforms that live inside one decoder layer; None is the identity.
+
+    Attributes:
+        attn_scale: ``[hidden]``, between the first norm and q, k, v.
+        mlp_scale: ``[hidden]``, between the second norm and gate, up.
+        value: over ``[num_kv_heads * head_dim]``, a block per head; between v and o.
+        value_scale: ``[num_kv_heads * head_dim]``, applied before ``value``.
+        key_scale: ``[num_kv_heads, head_dim / 2]``, tied over the pairs that RoPE
+            rotates; k is multiplied, q divided.
+        up_scale: ``[intermediate]``, between up and down.
+        down: applied to down_proj's input at run time; only its inverse is folded.
+    """
+
+    attn_scale: torch.Tensor | None = None
+    mlp_scale: torch.Tensor | None = None
+    value: Orthogonal | None = None
+    value_scale: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
+    up_scale: torch.Tensor | None = None
+    down: Orthogonal | None = None
+
+
+def fold_layer(
+    tensors: Mapping[str, torch.Tensor],
+    shape: LlamaShape,
+    residual: Orthogonal | None,
+    transforms: LayerTransforms,
+) -> Tensors:
+    """One decoder layer with its transforms folded in.
+
+    With a residual rotation the norms' weights move into the linears that follow.
+
+    Args:
+        tensors: of the layer, by their names after ``model.layers.N.``.
+        shape: sizes of the model.
+        residual: rotation of the whole residual stream.
+        transforms: those of this layer.
+
+    Returns:
+        float64 tensors of the same names and shapes; the arguments stay as they are.
+    """
+    folded = {name: tensor.double() for name, tensor in tensors.items()}
+    scales = (transforms.attn_scale, transforms.mlp_scale)
+    for (norm, readers), scale in zip(NORMS.items(), scales, strict=True):
+        _fold_norm(folded, norm, readers, residual, scale)
+    _fold_keys(folded, shape, transforms.key_scale)
+    _fold_values(folded, shape, transforms)
+    _fold_down(folded, transforms)
+    for writer in ("self_attn.o_proj", "mlp.down_proj"):
+        _rotate_output(folded, writer, residual)
+    return folded
+
+
+def fold_embedding(weight: torch.Tensor, residual: Orthogonal | None) -> torch.Tensor:
+    """Embedding ``[vocab, hidden]`` that writes the rotated residual stream."""
+    return weight.double() if residual is None else residual.right(weight.double())
+
+
+def fold_head(
+    weight: torch.Tensor, norm: torch.Tensor, residual: Orthogonal
+) -> torch.Tensor:
+    """Head ``[vocab, hidden]`` that reads it, the final norm's weight folded in."""
+    return residual.right(weight.double() * norm.double())
+
+
+def _fold_norm(
+    tensors: Tensors,
+    norm: str,
+    readers: tuple[str, ...],
+    residual: Orthogonal | None,
+    scale: torch.Tensor | None,
+) -> None:
+    gamma = tensors[f"{norm}.weight"]
+    for name in (f"{reader}.weight" for reader in readers):
+        if residual is not None:
+            tensors[name] = residual.right(tensors[name] * gamma)
+        if scale is not None:
+            tensors[name] = tensors[name] * scale
+    if residual is not None:
+        gamma = torch.ones_like(gamma)
+    tensors[f"{norm}.weight"] = gamma if scale is None else gamma / scale
+
+
+def _fold_keys(tensors: Tensors, shape: LlamaShape, scale: torch.Tensor | None) -> None:
+    if scale is None:
+        return
+    # Half-split RoPE rotates element i with element i + head_dim / 2.
+    per_head = torch.cat((scale, scale), dim=-1)
+    group = shape.num_heads // shape.num_kv_heads
+    _scale_rows(tensors, "self_attn.k_proj", per_head.flatten())
+    _scale_rows(
+        tensors,
+        "self_attn.q_proj",
+        1 / per_head.repeat_interleave(group, dim=0).flatten(),
+    )
+
+
+def _fold_values(
+    tensors: Tensors, shape: LlamaShape, transforms: LayerTransforms
+) -> None:
+    group = shape.num_heads // shape.num_kv_heads
+    scale, value, out = transforms.value_scale, transforms.value, "self_attn.o_proj"
+    if scale is not None:
+        _scale_rows(tensors, "self_attn.v_proj", 1 / scale)
+        per_head = scale.view(shape.num_kv_heads, -1)
+        columns = per_head.repeat_interleave(group, dim=0).flatten()
+        tensors[f"{out}.weight"] = tensors[f"{out}.weight"] * columns
+    if value is not None:
+        _rotate_output(tensors, "self_attn.v_proj", value)
+        rotated = value.repeat(group).right(tensors[f"{out}.weight"])
+        tensors[f"{out}.weight"] = rotated
+
+
+def _fold_down(tensors: Tensors, transforms: LayerTransforms) -> None:
+    name, scale = "mlp.down_proj.weight", transforms.up_scale
+    if scale is not None:
+        _scale_rows(tensors, "mlp.up_proj", 1 / scale)
+        # Before the Hadamard: the other order is another function.
+        tensors[name] = tensors[name] * scale
+    if transforms.down is not None:
+        tensors[name] = transforms.down.right(tensors[name])
+
+
+def _scale_rows(tensors: Tensors, linear: str, scale: torch.Tensor) -> None:
+    weight, bias = f"{linear}.weight", f"{linear}.bias"
+    tensors[weight] = tensors[weight] * scale.unsqueeze(-1)
+    if bias in tensors:
+        tensors[bias] = tensors[bias] * scale
+
+
+def _rotate_output(tensors: Tensors, linear: str, rotation: Orthogonal | None) -> None:
+    if rotation is None:
+        return
+    weight, bias = f"{linear}.weight", f"{linear}.bias"
+    tensors[weight] = rotation.right(tensors[weight].t()).t().contiguous()
+    if bias in tensors:
+        tensors[bias] = rotation.right(tensors[bias])

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fold is exact in float64: same logits with quantizers off."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_lowbit.architecture import LlamaShape
+from vllm_lowbit.calibrate.llama import RESIDUAL_STAGES, LlamaStages, Online
+from vllm_lowbit.calibrate.transforms import (
+    Dense,
+    LayerTransforms,
+    Orthogonal,
+    SignedHadamard,
+    fold_embedding,
+    fold_head,
+    fold_layer,
+)
+from vllm_lowbit.kernels.hadamard.matrices import largest_order
+from vllm_lowbit.kernels.hadamard.signs import random_signs
+
+MODELS = Path(__file__).parents[2] / "models"
+TOKENS = 24
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "mqa": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide heads": {"head_dim": 80},
+    "narrow heads, tied, biases": {
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "hidden 12 x 16, MLP 20 x 8": {"hidden_size": 192, "intermediate_size": 160},
+    "llama 3 rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+    },
+}
+
+
+def _random(generator: torch.Generator) -> Callable[..., torch.Tensor]:
+    return lambda *size: torch.randn(size, dtype=torch.float64, generator=generator)
+
+
+def _orthogonal(random: Callable[..., torch.Tensor], blocks: int, size: int) -> Dense:
+    q, _ = torch.linalg.qr(random(blocks, size, size))
+    return Dense(q)
+
+
+def _all_of(shape: LlamaShape, random: Callable[..., torch.Tensor]) -> LayerTransforms:
+    """Every transform there is, random, the scales spread over a factor of 20."""
+    scale = lambda *size: random(*size).mul(0.75).exp()
+    kv = shape.num_kv_heads
+    return LayerTransforms(
+        attn_scale=scale(shape.hidden_size),
+        mlp_scale=scale(shape.hidden_size),
+        value=_orthogonal(random, kv, shape.head_dim),
+        value_scale=scale(kv * shape.head_dim),
+        key_scale=scale(kv, shape.head_dim // 2),
+        up_scale=scale(shape.intermediate_size),
+        down=SignedHadamard(largest_order(shape.intermediate_size)),
+    )
+
+
+class _Model:
+    """A float64 model from a state dict, folded with what is given."""
+
+    def __init__(self, config: LlamaConfig, state: dict[str, torch.Tensor]) -> None:
+        self.config = config
+        self.shape = LlamaShape.from_config(config.to_dict(), "x")
+        self.state = state
+
+    def logits(
+        self,
+        ids: torch.Tensor,
+        residual: Orthogonal,
+        per_layer: Callable[[], LayerTransforms],
+        key: Orthogonal,
+    ) -> torch.Tensor:
+        embedding = self.state["model.embed_tokens.weight"]
+        head = self.state.get("lm_head.weight", embedding)
+        x = fold_embedding(embedding, residual)[ids].unsqueeze(0)
+        for index in range(self.shape.num_layers):
+            prefix = f"model.layers.{index}."
+            tensors = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in self.state.items()
+                if name.startswith(prefix)
+            }
+            transforms = per_layer()
+            stages = LlamaStages(
+                self.config, self.shape, Online(key=key, down=transforms.down)
+            )
+            weights = fold_layer(tensors, self.shape, residual, transforms)
+            assert weights.keys() == tensors.keys()
+            assert all(weights[k].shape == tensors[k].shape for k in tensors)
+            for stage in RESIDUAL_STAGES:
+                x = stages.update(stage, weights, x)
+        h = stages.norm(x, torch.ones(self.shape.hidden_size, dtype=torch.float64))
+        return (h @ fold_head(head, self.state["model.norm.weight"], residual).t())[0]
+
+
+def _check(config: LlamaConfig, state: dict[str, torch.Tensor], seed: int) -> None:
+    state = {name: tensor.double() for name, tensor in state.items()}
+    model = LlamaForCausalLM(config).double()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (TOKENS,), generator=generator)
+    with torch.no_grad():
+        expected = model(ids.unsqueeze(0)).logits[0]
+
+    ours, random = _Model(config, state), _random(generator)
+    shape = ours.shape
+    dense = _orthogonal(random, 1, shape.hidden_size)
+    order = largest_order(shape.hidden_size)
+    signed = SignedHadamard(order, random_signs(seed, shape.hidden_size))
+    head = SignedHadamard(shape.head_dim)
+    for residual in (dense, signed):
+        logits = ours.logits(ids, residual, lambda: _all_of(shape, random), head)
+        assert (logits - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_random_models(
+    tiny_llama: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    directory = tiny_llama(tmp_path, dtype="float32", **SHAPES[name])
+    state = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for tensor_name, tensor in state.items():
+        if tensor.dim() == 1:  # norms are all 1 and biases 0 in a new model
+            tensor.add_(torch.rand(tensor.shape, generator=generator))
+        else:
+            tensor.mul_(20 if "embed" in tensor_name else 2)
+    _check(LlamaConfig.from_pretrained(directory), state, seed=7)
+
+
+@pytest.mark.parametrize("model", ["ref-7m", "ref-7m-outliers"])
+def test_trained_models(model: str) -> None:
+    directory = MODELS / model
+    state = load_file(directory / "model.safetensors")
+    _check(LlamaConfig.from_pretrained(directory), state, seed=3)
+
+
+def test_wrong_order_of_scale_and_hadamard_is_seen() -> None:
+    """The check would notice the classic mistake."""
+    random = _random(torch.Generator().manual_seed(0))
+    weight, x = random(8, 16), random(5, 16)
+    scale, h = random(16).exp(), SignedHadamard(16)
+    right = h.right(x / scale) @ h.right(weight * scale).t()
+    wrong = h.right(x / scale) @ (h.right(weight) * scale).t()
+    expected = x @ weight.t()
+    assert (right - expected).norm() < 1e-12 * expected.norm()
+    assert (wrong - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("order", [2, 4, 12, 20, 64, 192, 2048])
+def test_signed_hadamard_is_orthogonal_in_blocks(order: int) -> None:
+    size = 3 * order
+    r = SignedHadamard(order, random_signs(5, size))
+    matrix = r.right(torch.eye(size, dtype=torch.float64))
+    identity = torch.eye(size, dtype=torch.float64)
+    assert (matrix @ matrix.t() - identity).abs().max() < 1e-12
+    blocks = torch.block_diag(*[torch.ones(order, order)] * 3)
+    assert torch.equal(matrix != 0, blocks != 0)
+
+
+@pytest.mark.parametrize("kind", ["dense", "hadamard"])
+def test_repeat_gives_every_head_of_a_group_its_value_rotation(kind: str) -> None:
+    random = _random(torch.Generator().manual_seed(0))
+    rotation: Orthogonal = _orthogonal(random, 2, 12)
+    if kind == "hadamard":
+        rotation = SignedHadamard(12, random_signs(1, 24))
+    x = random(2, 3, 12)
+    repeated = rotation.repeat(3).right(x.flatten()).view(2, 3, 12)
+    for head in range(3):
+        alone = rotation.right(x[:, head].flatten()).view(2, 12)
+        assert torch.allclose(repeated[:, head], alone)

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of a lowbit checkpoint inside vLLM: loading, shards, the vocabulary."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_lowbit.errors import CheckpointError, UnsupportedError
+from vllm_lowbit.kernels.grid import IntGrid, decode
+from vllm_lowbit.kernels.packing import pack
+from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
+from vllm_lowbit.schema import LoadTimeOptions, LowbitConfig, Weights, scheme_from_name
+
+pytest.importorskip("vllm")
+
+HIDDEN, INTERMEDIATE, VOCAB = 384, 192, 100
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "head_dim": 64,
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: Any, tiny_llama: Any, engine_config: Any) -> Iterator[Any]:
+    """vLLM's config of a small tied model, set as the current one."""
+    from vllm.config import set_current_vllm_config
+
+    directory = tiny_llama(
+        tmp_path_factory.mktemp("layers"), tie_word_embeddings=True, **SIZES
+    )
+    config = engine_config(directory, dtype="float32")
+    with set_current_vllm_config(config):
+        yield config
+
+
+@pytest.fixture
+def quant(engine: Any) -> Any:
+    """``quant(scheme, vocab_bits, **rotations)``: config of a checkpoint."""
+    from vllm_lowbit.config import LowbitQuantizationConfig
+
+    def build(scheme: str, vocab_bits: int = 16, **rotations: Any) -> Any:
+        chosen = scheme_from_name(scheme, vocab_bits=vocab_bits)
+        data = {"scheme": chosen.model_dump(), "rotations": rotations}
+        config = LowbitQuantizationConfig(stored=LowbitConfig.parse(data, "test"))
+        config._resolved, config._checked_engine = config.stored, True
+        return config
+
+    return build
+
+
+def quantized(n: int, k: int, weights: Weights) -> dict[str, torch.Tensor]:
+    """Tensors of a random matrix as a checkpoint has them, and its codes."""
+    grid = IntGrid(weights.bits, weights.symmetric)
+    codes, scale, zero_point = quantize_weight(
+        torch.randn(n, k), grid, weights.group_size
+    )
+    tensors = {"weight_packed": pack(codes, weights.bits), "weight_scale": scale}
+    if not weights.symmetric:
+        tensors["weight_zero_point"] = zero_point.char()
+    return {**tensors, "codes": codes}
+
+
+def load(layer: Any, tensors: dict[str, torch.Tensor], *shard: Any) -> None:
+    for name, parameter in layer.named_parameters():
+        if name in tensors:
+            parameter.weight_loader(parameter, tensors[name], *shard)
+
+
+def centred(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    codes = tensors["codes"].int()
+    if "weight_zero_point" not in tensors:
+        return codes
+    zero_point = tensors["weight_zero_point"].int()
+    return (codes.view(*zero_point.shape, -1) - zero_point.unsqueeze(-1)).flatten(1)
+
+
+class TestLinear:
+    def gate_up(self, config: Any) -> Any:
+        from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+        return MergedColumnParallelLinear(
+            HIDDEN,
+            [INTERMEDIATE, INTERMEDIATE],
+            bias=True,
+            quant_config=config,
+            prefix="model.layers.0.mlp.gate_up_proj",
+            params_dtype=torch.float32,
+        )
+
+    def down(self, config: Any, inputs: int = INTERMEDIATE) -> Any:
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
+        return RowParallelLinear(
+            inputs,
+            HIDDEN,
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.mlp.down_proj",
+            params_dtype=torch.float32,
+        )
+
+    def qkv(self, config: Any) -> Any:
+        from vllm.model_executor.layers.linear import QKVParallelLinear
+
+        return QKVParallelLinear(
+            HIDDEN,
+            64,
+            4,
+            2,
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.self_attn.qkv_proj",
+            params_dtype=torch.float32,
+        )
+
+    @pytest.fixture(params=[0, 1])
+    def rank(self, request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+        """This process as one of two tensor parallel ranks."""
+        self.parallel(monkeypatch, request.param, 2)
+        return request.param
+
+    @pytest.fixture
+    def alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.parallel(monkeypatch, 0, 1)
+
+    def parallel(self, patch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+        linear = "vllm.model_executor.layers.linear.get_tensor_model_parallel_"
+        patch.setattr(f"{linear}rank", lambda: rank)
+        patch.setattr(f"{linear}world_size", lambda: size)
+
+    @pytest.mark.parametrize("scheme", ["w4a4", "w2a16-g64", "w4a16-g32", "w3a16"])
+    def test_whole(self, scheme: str, alone: None, quant: Any) -> None:
+        config = quant(scheme)
+        layer = self.gate_up(config)
+        parts = [
+            quantized(INTERMEDIATE, HIDDEN, config.scheme.weights) for _ in range(2)
+        ]
+        for part, tensors in enumerate(parts):
+            load(layer, {**tensors, "bias": torch.full((INTERMEDIATE,), part)}, part)
+        layer.quant_method.process_weights_after_loading(layer)
+        names = {name for name, _ in layer.named_parameters()}
+        assert names == {"weight", "weight_scale", "bias"}
+        assert layer.input_scale is None and layer.weight.dtype == torch.int8
+        assert torch.equal(layer.weight.int(), torch.cat([centred(p) for p in parts]))
+        scale = torch.cat([part["weight_scale"] for part in parts])
+        assert torch.equal(layer.weight_scale, scale)
+        x = torch.randn(3, HIDDEN)
+        out = layer.quant_method.apply(layer, x, layer.bias)
+        assert out.shape == (3, 2 * INTERMEDIATE) and out.isfinite().all()
+
+    @pytest.mark.parametrize("scheme", ["w4a4", "w2a16-g32", "w6a6"])
+    def test_shard_of_the_input(self, scheme: str, rank: int, quant: Any) -> None:
+        """Words are cut with their codes; scales only where they have groups."""
+        config = quant(scheme)
+        layer = self.down(config)
+        tensors = quantized(HIDDEN, INTERMEDIATE, config.scheme.weights)
+        load(layer, tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+        half = slice(rank * INTERMEDIATE // 2, (rank + 1) * INTERMEDIATE // 2)
+        assert torch.equal(layer.weight.int(), centred(tensors)[:, half])
+        scale = tensors["weight_scale"]
+        if config.scheme.weights.group_size is not None:
+            scale = scale.chunk(2, dim=1)[rank]
+        assert torch.equal(layer.weight_scale, scale)
+
+    @pytest.mark.parametrize("scheme", ["w4a4", "w2a16-g64"])
+    def test_shard_of_the_heads(self, scheme: str, rank: int, quant: Any) -> None:
+        config = quant(scheme)
+        layer, rows, scales = self.qkv(config), [], []
+        for name, heads in (("q", 4), ("k", 2), ("v", 2)):
+            tensors = quantized(heads * 64, HIDDEN, config.scheme.weights)
+            load(layer, tensors, name)
+            rows.append(centred(tensors).chunk(2)[rank])
+            scales.append(tensors["weight_scale"].chunk(2)[rank])
+        layer.quant_method.process_weights_after_loading(layer)
+        assert torch.equal(layer.weight.int(), torch.cat(rows))
+        assert torch.equal(layer.weight_scale, torch.cat(scales))
+
+    def test_shard_that_cuts_packed_words(self, rank: int, quant: Any) -> None:
+        with pytest.raises(UnsupportedError) as error:
+            self.down(quant("w3a16"), 160)
+        assert str(error.value) == (
+            "linear model.layers.0.mlp.down_proj: a shard of 80 inputs is not a "
+            "multiple of the 32 codes of 3 bits packed together"
+        )
+
+    @pytest.mark.parametrize(
+        ("scheme", "missing"),
+        [
+            ("w4a4", "weight_packed"),
+            ("w4a4", "weight_scale"),
+            ("w3a16", "weight_scale"),
+        ],
+    )
+    def test_part_that_was_not_loaded(
+        self, scheme: str, missing: str, alone: None, quant: Any
+    ) -> None:
+        config = quant(scheme)
+        layer = self.gate_up(config)
+        tensors = quantized(INTERMEDIATE, HIDDEN, config.scheme.weights)
+        bias = {"bias": torch.zeros(INTERMEDIATE)}
+        load(layer, {**tensors, **bias}, 0)
+        del tensors[missing]
+        load(layer, {**tensors, **bias}, 1)
+        message = f"^tensor model.layers.0.mlp.up_proj.{missing} holds"
+        with pytest.raises(CheckpointError, match=message):
+            layer.quant_method.process_weights_after_loading(layer)
+
+    def test_bias_that_is_not_finite(self, alone: None, quant: Any) -> None:
+        config = quant("w4a4")
+        layer = self.gate_up(config)
+        layer.bias.data.zero_()[-1] = torch.inf
+        with pytest.raises(CheckpointError, match="mlp.up_proj.bias holds a non-fini"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+class TestVocabulary:
+    ROTATION = {"apply": "online", "order": 12, "block": 384, "sign_seed": 3}
+
+    def embedding(self, config: Any) -> Any:
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            VocabParallelEmbedding,
+        )
+
+        return VocabParallelEmbedding(
+            VOCAB, HIDDEN, torch.float32, quant_config=config, disable_tp=True
+        )
+
+    def head(self, config: Any) -> Any:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        return ParallelLMHead(
+            VOCAB,
+            HIDDEN,
+            params_dtype=torch.float32,
+            quant_config=config,
+            prefix="lm_head",
+            disable_tp=True,
+        )
+
+    @pytest.fixture
+    def by_flag(self, engine: Any) -> Any:
+        """Config of the flag with 8 bits for the vocabulary."""
+        from vllm_lowbit.config import LowbitQuantizationConfig
+
+        config = LowbitQuantizationConfig(LoadTimeOptions(vocab_bits=8))
+        model = engine.model_config
+        config.maybe_update_config(model.model, model.hf_config)
+        return config
+
+    def finish(self, *layers: Any) -> None:
+        """What vLLM does once everything is loaded."""
+        from vllm.model_executor.model_loader.reload.layerwise import (
+            finalize_layerwise_processing,
+        )
+
+        for layer in layers:
+            finalize_layerwise_processing(layer, None)
+        for layer in layers:
+            layer.quant_method.process_weights_after_loading(layer)
+
+    def logits(self, head: Any, x: torch.Tensor) -> torch.Tensor:
+        rows = head.quant_method.apply(head, x)
+        assert rows.shape == (len(x), 128) and (rows[:, VOCAB:] == 0).all()
+        return rows[:, :VOCAB]
+
+    def check(self, embedding: Any, head: Any, table: torch.Tensor) -> None:
+        """8 bits of both, padding that cannot be sampled, and nothing else kept."""
+        names = {name: p.dtype for name, p in embedding.named_parameters()}
+        assert names == {"weight": torch.int8, "weight_scale": torch.float32}
+        ids, x = torch.tensor([0, 7, VOCAB - 1]), torch.randn(5, HIDDEN)
+        assert torch.equal(embedding(ids), table[ids])
+        expected = x.double() @ table.double().t()
+        torch.testing.assert_close(
+            self.logits(head, x), expected.float(), rtol=0, atol=1e-4
+        )
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_checkpoint(self, tied: bool, quant: Any) -> None:
+        config = quant("w4a4", 8)
+        embedding, head = self.embedding(config), self.head(config)
+        tensors = quantized(VOCAB, HIDDEN, Weights(bits=8))
+        load(embedding, tensors)
+        if tied:
+            head = head.tie_weights(embedding)
+            assert not list(head.parameters())
+        else:
+            load(head, tensors)
+        self.finish(embedding, head)
+        zero = torch.zeros(VOCAB, 1, dtype=torch.int32)
+        table = decode(tensors["codes"], tensors["weight_scale"], zero)
+        self.check(embedding, head, table)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_flag(self, tied: bool, by_flag: Any) -> None:
+        embedding, head = self.embedding(by_flag), self.head(by_flag)
+        assert embedding.weight.is_meta
+        matrix = torch.randn(VOCAB, HIDDEN)
+        if tied:
+            head = head.tie_weights(embedding)
+        else:
+            load(head, {"weight": matrix})
+        load(embedding, {"weight": matrix})
+        self.finish(embedding, head)
+        assert len(list(head.parameters())) == (0 if tied else 2)
+        table = decode(*quantize_weight(matrix, IntGrid(8), None))
+        self.check(embedding, head, table)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_flag_checks_the_matrix(self, bad: float, by_flag: Any) -> None:
+        embedding, matrix = self.embedding(by_flag), torch.randn(VOCAB, HIDDEN)
+        matrix[-1, -1] = bad
+        load(embedding, {"weight": matrix})
+        with pytest.raises(CheckpointError, match="^tensor model.embed_tokens.weight "):
+            self.finish(embedding)
+
+    def test_flag_needs_all_of_it(self, by_flag: Any) -> None:
+        head = self.head(by_flag)
+        message = "^layer lm_head: only 0 of 38400 elements are in the checkpoint"
+        with pytest.raises(CheckpointError, match=message):
+            self.finish(head)
+
+    @pytest.mark.parametrize("missing", ["weight_packed", "weight_scale"])
+    def test_checkpoint_needs_all_of_it(self, missing: str, quant: Any) -> None:
+        embedding = self.embedding(quant("w4a4", 8))
+        tensors = quantized(VOCAB, HIDDEN, Weights(bits=8))
+        del tensors[missing]
+        load(embedding, tensors)
+        message = f"^tensor model.embed_tokens.{missing} holds "
+        with pytest.raises(CheckpointError, match=message):
+            self.finish(embedding)
+
+    @pytest.mark.parametrize("vocab_bits", [16, 8])
+    @pytest.mark.parametrize("seed", [3, None])
+    def test_online_residual(
+        self, vocab_bits: int, seed: int | None, quant: Any
+    ) -> None:
+        """Looked up, rotated, undone and scaled: the plain embedding again."""
+        rotation = {**self.ROTATION, "sign_seed": seed}
+        config = quant("w4a4", vocab_bits, residual=rotation)
+        embedding, head = self.embedding(config), self.head(config)
+        head = head.tie_weights(embedding)
+        matrix, gamma = torch.randn(VOCAB, HIDDEN), torch.rand(HIDDEN) + 0.5
+        tensors = quantized(VOCAB, HIDDEN, Weights(bits=8))
+        table = matrix
+        if vocab_bits == 8:
+            zero = torch.zeros(VOCAB, 1, dtype=torch.int32)
+            table = decode(tensors["codes"], tensors["weight_scale"], zero)
+        load(embedding, {**tensors, "weight": matrix})
+        load(head, {"input_scale": gamma})
+        self.finish(embedding, head)
+        ids = torch.arange(VOCAB)
+        rotated = embedding(ids)
+        assert (rotated - table).norm() > table.norm() / 2
+        torch.testing.assert_close(rotated.norm(dim=-1), table.norm(dim=-1))
+        expected = (table * gamma).double() @ table.double().t()
+        torch.testing.assert_close(
+            self.logits(head, rotated), expected.float(), rtol=0, atol=2e-3
+        )
+
+    def test_online_residual_needs_its_scale(self, quant: Any) -> None:
+        config = quant("w4a4", residual=self.ROTATION)
+        embedding, head = self.embedding(config), self.head(config)
+        head = head.tie_weights(embedding)
+        load(embedding, {"weight": torch.randn(VOCAB, HIDDEN)})
+        with pytest.raises(CheckpointError, match="^tensor lm_head.input_scale holds"):
+            self.finish(embedding, head)
+
+    def test_backend(self, quant: Any) -> None:
+        with torch.device("meta"):
+            with pytest.raises(UnsupportedError, match="^layer lm_head: no backend ru"):
+                self.head(quant("w4a4", 8))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-lowbit env``."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+
+
+def env() -> None:
+    """Print versions, the device, and which backend each operator takes here."""
+    import torch
+
+    from ..kernels import dispatch
+    from ..plugin import SUPPORTED_VLLM, check_vllm_version, installed_vllm
+
+    console = Console()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console.print(f"vllm-lowbit {__version__}, Python {platform.python_version()}")
+    for name in ("torch", "triton", "transformers", "compressed-tensors"):
+        console.print(f"{name} {_version(name)}")
+    try:
+        vllm = installed_vllm()
+        check_vllm_version(vllm)
+        console.print(f"vllm {vllm} (supported: {SUPPORTED_VLLM})")
+    except ValueError as error:
+        console.print(f"vllm: {error}", style="red")
+    console.print(f"device {device}: {_device_name(device)}")
+
+    table = Table("operator", "backend", "here", title="Backends")
+    for operator in dispatch.OPERATORS:
+        for row in (r for r in dispatch.TABLE if r.operator == operator):
+            reason = row.reason_against(device, {})
+            table.add_row(operator, row.backend, "out: " + reason if reason else "yes")
+    console.print(table)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.processor() or platform.machine()}, {capability}"

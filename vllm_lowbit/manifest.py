@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lowbit_manifest.json: what every tensor of a checkpoint must be, and checking it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .architecture import LlamaShape
+from .checkpoint import INDEX, TensorSpec, open_shard
+from .errors import CheckpointError
+from .lowbit_checkpoint import MANIFEST, RECIPE, expected_tensors
+from .schema import LowbitConfig, Manifest, TensorEntry
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One way in which a checkpoint is not what it should be.
+
+    Attributes:
+        file: name of the file inside the checkpoint's directory.
+        tensor: the tensor it concerns, None for the whole file.
+        message: what it is, and what it should be.
+    """
+
+    file: str
+    tensor: str | None
+    message: str
+
+    def __str__(self) -> str:
+        tensor = "" if self.tensor is None else f"tensor {self.tensor} "
+        return f"{self.file}: {tensor}{self.message}"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its safetensors file describes it."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its data; for the dtypes a lowbit checkpoint may hold."""
+        return torch.Size(self.shape).numel() * ITEM_BYTES[self.dtype]
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """sha256, in hexadecimal, of a tensor's raw little-endian bytes in row order."""
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def write_manifest(directory: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Write lowbit_manifest.json into a checkpoint's directory.
+
+    Args:
+        directory: of the checkpoint.
+        entries: every tensor of it, by name.
+    """
+    manifest = Manifest(tensors=dict(entries))
+    (directory / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: when there is none, or it is not JSON.
+        ConfigError: for a key or value it cannot have.
+    """
+    path = directory / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    return Manifest.parse(data, str(path))
+
+
+def check_headers(
+    directory: Path, shape: LlamaShape, config: LowbitConfig, manifest: Manifest
+) -> tuple[dict[str, StoredTensor], list[Problem]]:
+    """Compare files, manifest and model by names, dtypes and shapes alone.
+
+    Args:
+        directory: of the checkpoint.
+        shape: sizes of its model.
+        config: its quantization.
+        manifest: its manifest.
+
+    Returns:
+        The tensors there are, by name, and every difference.
+    """
+    found, problems = _stored_tensors(directory, manifest)
+    unread = {problem.file for problem in problems if problem.tensor is None}
+    problems += _index_problems(directory, manifest)
+    expected = expected_tensors(shape, config)
+    for name in {**expected, **manifest.tensors, **found}:
+        entry, stored = manifest.tensors.get(name), found.get(name)
+        if stored is None and entry is not None and entry.file in unread:
+            continue
+        file = stored.file if stored else entry.file if entry else MANIFEST
+        problems += [
+            Problem(file, name, message)
+            for message in _differences(expected.get(name), entry, stored)
+        ]
+    return found, problems
+
+
+def verify(
+    directory: Path,
+    shape: LlamaShape,
+    config: LowbitConfig,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Iterator[Problem]:
+    """Compare a checkpoint with its manifest, its model and its recipe's hash.
+
+    Tensors are read one at a time.
+
+    Args:
+        directory: of the checkpoint.
+        shape: sizes of its model.
+        config: its quantization.
+        progress: called with the number of elements read so far and their total.
+
+    Yields:
+        Every difference there is.
+
+    Raises:
+        CheckpointError, ConfigError: for a manifest that cannot be read.
+    """
+    manifest = read_manifest(directory)
+    found, problems = check_headers(directory, shape, config, manifest)
+    yield from problems
+    yield from _recipe_problems(directory, config)
+    both = {name: found[name] for name in manifest.tensors if name in found}
+    sizes = {name: torch.Size(both[name].shape).numel() for name in both}
+    done, total = 0, sum(sizes.values())
+    progress(done, total)
+    for name, stored in both.items():
+        message = _data_problem(directory, name, stored, manifest.tensors[name].sha256)
+        if message is not None:
+            yield Problem(stored.file, name, message)
+        done += sizes[name]
+        progress(done, total)
+
+
+def _stored_tensors(
+    directory: Path, manifest: Manifest
+) -> tuple[dict[str, StoredTensor], list[Problem]]:
+    """What the headers of the checkpoint's files hold; no tensor is read.
+
+    Returns:
+        Tensors by name, and the files that are missing, broken, or not listed in the
+        manifest.
+    """
+    listed = {entry.file for entry in manifest.tensors.values()}
+    present = {path.name for path in directory.glob("*.safetensors")}
+    problems = [Problem(f, None, "is missing") for f in sorted(listed - present)]
+    problems += [
+        Problem(f, None, f"is not listed in {MANIFEST}")
+        for f in sorted(present - listed)
+    ]
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(listed & present):
+        try:
+            tensors = _read_header(directory / file)
+        except CheckpointError as error:
+            message = str(error).removeprefix(f"{directory / file}: ")
+            problems.append(Problem(file, None, message))
+            continue
+        for name in tensors.keys() & found.keys():
+            problems.append(Problem(file, name, f"is in {found[name].file} too"))
+        found = {**tensors, **found}
+    return found, problems
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    tensors = {}
+    with open_shard(path) as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            header = file.get_slice(name)
+            tensors[name] = StoredTensor(
+                path.name, header.get_dtype(), tuple(header.get_shape())
+            )
+    return tensors
+
+
+def _index_problems(directory: Path, manifest: Manifest) -> Iterator[Problem]:
+    """The index names each tensor's file, where there are several."""
+    path = directory / INDEX
+    files = {name: entry.file for name, entry in manifest.tensors.items()}
+    if not path.exists():
+        if len(set(files.values())) > 1:
+            yield Problem(INDEX, None, "is missing; the weights are in several files")
+        return
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        yield Problem(INDEX, None, f"is not a safetensors index: {error!r}")
+        return
+    if listed != files:
+        yield Problem(INDEX, None, f"weight_map is not that of {MANIFEST}")
+
+
+def _differences(
+    spec: TensorSpec | None, entry: TensorEntry | None, stored: StoredTensor | None
+) -> Iterator[str]:
+    """What does not fit together of a tensor in the model, manifest and files."""
+    if stored is None:
+        yield "is in none of the files"
+        return
+    if spec is None:
+        yield "does not belong to the model"
+    else:
+        if stored.dtype not in spec.dtypes:
+            yield f"has dtype {stored.dtype}, supported: {', '.join(spec.dtypes)}"
+        if stored.shape != spec.shape:
+            yield f"has shape {list(stored.shape)}, the model needs {list(spec.shape)}"
+    if entry is None:
+        yield f"is not listed in {MANIFEST}"
+        return
+    for key in ("file", "dtype", "shape"):
+        is_, listed = getattr(stored, key), getattr(entry, key)
+        if is_ != listed:
+            yield f"has {key} {_text(is_)}, {MANIFEST} says {_text(listed)}"
+
+
+def _text(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _recipe_problems(directory: Path, config: LowbitConfig) -> Iterator[Problem]:
+    if config.provenance is None:
+        message = "quantization_config has no provenance to check recipe.yaml against"
+        yield Problem("config.json", None, message)
+        return
+    try:
+        digest = hashlib.sha256((directory / RECIPE).read_bytes()).hexdigest()
+    except OSError as error:
+        yield Problem(RECIPE, None, f"cannot be read: {error.strerror}")
+        return
+    if digest != config.provenance.recipe_sha256:
+        expected = config.provenance.recipe_sha256
+        yield Problem(RECIPE, None, f"has sha256 {digest}, config.json says {expected}")
+
+
+def _data_problem(
+    directory: Path, name: str, stored: StoredTensor, sha256: str
+) -> str | None:
+    try:
+        with open_shard(directory / stored.file) as file:
+            digest = tensor_sha256(file.get_tensor(name))
+    except (CheckpointError, SafetensorError, OSError) as error:
+        return f"cannot be read: {error}"
+    if digest != sha256:
+        return f"has sha256 {digest}, {MANIFEST} says {sha256}"
+    return None

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a quantized layer's weight arrives: float, to be quantized, or packed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.model_loader.reload.layerwise import (
+    get_layerwise_info,
+    initialize_online_processing,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from .errors import CheckpointError
+from .lowbit_checkpoint import PackedWeight, quantized_tensors
+from .schema import Weights
+
+# Types as in files, and what a tensor holds until it is loaded: nothing that the
+# checks of PackedWeight let through together.
+_UNLOADED: dict[str, tuple[torch.dtype, float]] = {
+    "I32": (torch.int32, 0),
+    "F32": (torch.float32, torch.nan),
+    "I8": (torch.int8, 127),
+}
+
+
+def create_float(
+    layer: Any, n: int, k: int, dtype: torch.dtype, attributes: Mapping[str, Any]
+) -> None:
+    """Declare ``weight [n, k]`` on the meta device.
+
+    vLLM buffers what is loaded and processes the layer once all of it is there, so
+    the float model never exists as a whole.
+
+    Args:
+        layer: module that gets the parameter.
+        n: rows of this shard.
+        k: columns of this shard.
+        dtype: of the model.
+        attributes: vLLM's, among them the weight loader.
+    """
+    weight = Parameter(
+        torch.empty(n, k, dtype=dtype, device="meta"), requires_grad=False
+    )
+    set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **attributes})
+    layer.register_parameter("weight", weight)
+    initialize_online_processing(layer)
+
+
+def check_loaded(layer: Any, name: str, elements: int | None = None) -> None:
+    """Raise CheckpointError when part of a float weight was never loaded.
+
+    Args:
+        layer: module of :func:`create_float`.
+        name: of the layer, for the error.
+        elements: to be loaded; None is all of the layer's.
+    """
+    info = get_layerwise_info(layer)
+    if info.load_numel_total is None:
+        return
+    needed = info.load_numel_total if elements is None else elements
+    if info.load_numel < needed:
+        raise CheckpointError(
+            f"{name}: only {info.load_numel} of {needed} elements are in the checkpoint"
+        )
+
+
+def create_packed(
+    layer: Any, n: int, k: int, weights: Weights, attributes: Mapping[str, Any]
+) -> None:
+    """Declare the tensors of a packed weight ``[n, k]`` as the checkpoint names them.
+
+    Scales and zero points are sharded along the input only where it has groups.
+    Arguments as in :func:`create_float`.
+    """
+    for name, spec in quantized_tensors("layer", n, k, weights).items():
+        kind = name.rpartition(".")[2]
+        dtype, unloaded = _UNLOADED[spec.dtypes[0]]
+        parameter = Parameter(
+            torch.full(spec.shape, unloaded, dtype=dtype), requires_grad=False
+        )
+        sharded = kind == "weight_packed" or weights.group_size is not None
+        set_weight_attrs(parameter, {"input_dim": 1} if sharded else {})
+        set_weight_attrs(parameter, {"output_dim": 0, **attributes})
+        layer.register_parameter(kind, parameter)
+
+
+def take_packed(layer: Any) -> PackedWeight:
+    """Remove the tensors of :func:`create_packed` from the layer and return them."""
+    packed, scale = layer.weight_packed.data, layer.weight_scale.data
+    zero_point = getattr(layer, "weight_zero_point", None)
+    for name in ("weight_packed", "weight_scale", "weight_zero_point"):
+        if hasattr(layer, name):
+            delattr(layer, name)
+    return PackedWeight(packed, scale, None if zero_point is None else zero_point.data)
+
+
+def set_codes(layer: Any, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Put the codes a layer computes with, and their scales, in its weight's place."""
+    layer.weight = Parameter(codes, requires_grad=False)
+    layer.weight_scale = Parameter(scale, requires_grad=False)
