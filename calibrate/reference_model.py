@@ -16,9 +16,11 @@ from ..checkpoint import check_plain_checkpoint
 from ..errors import ConfigError
 from ..kernels.grid import kv_decode, kv_encode, kv_parameters
 from ..kernels.hadamard.generic import hadamard
-from ..lowbit_checkpoint import check_lowbit_checkpoint, read_config
+from ..lowbit_checkpoint import read_config
+from ..manifest import require_headers
 from ..rotations import check_rotations
 from ..schema import LowbitConfig, Scheme
+from ..verification import Verification
 from .reference_weights import WeightReader
 
 
@@ -77,7 +79,8 @@ class ReferenceLlama:
         else:
             check_scheme(self.shape, stored.scheme, source)
             check_rotations(self.shape, stored, source)
-            check_lowbit_checkpoint(model, self.shape, stored)
+            require_headers(Path(model), self.shape, stored)
+            Verification(Path(model)).finish()
         self.config, self.dtype = stored or config, dtype
         self.scheme_name = self.config.scheme.name if self.config else "float"
         hf_config = LlamaConfig.from_pretrained(model)

@@ -189,6 +189,22 @@ def _round_to_nearest(tensors: dict[str, Any], shape: Any, config: Any) -> Any:
             yield f"{module}.weight_zero_point", zero_point.char()
 
 
+def _write_manifest(directory: Path) -> None:
+    """Of whatever the files hold, read without the code under test."""
+    tensors = {}
+    for path in directory.glob("*.safetensors"):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, end = entry.pop("data_offsets")
+            digest = hashlib.sha256(content[start + first : start + end]).hexdigest()
+            tensors[name] = {"file": path.name, "sha256": digest, **entry}
+    manifest = {"format_version": 1, "tensors": tensors}
+    (directory / "lowbit_manifest.json").write_text(json.dumps(manifest))
+
+
 def _lowbit_checkpoint(
     directory: Path,
     source: Path | str,
@@ -219,6 +235,7 @@ def _lowbit_checkpoint(
     (directory / "config.json").write_text(json.dumps(hf_config))
     for path in Path(source).glob("tokenizer*"):
         shutil.copy(path, directory)
+    _write_manifest(directory)
     return directory
 
 
@@ -232,6 +249,12 @@ def lowbit_checkpoint() -> Callable[..., Path]:
     directory.
     """
     return _lowbit_checkpoint
+
+
+@pytest.fixture(scope="session")
+def write_manifest() -> Callable[[Path], None]:
+    """Writes the manifest anew, from whatever the files of a checkpoint hold."""
+    return _write_manifest
 
 
 def _published_checkpoint(
@@ -254,25 +277,14 @@ def _published_checkpoint(
         "recipe_sha256": hashlib.sha256(recipe).hexdigest(),
     }
     (directory / "config.json").write_text(json.dumps(config))
-    tensors = {}
-    for path in directory.glob("*.safetensors"):
-        content = path.read_bytes()
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            first, end = entry.pop("data_offsets")
-            digest = hashlib.sha256(content[start + first : start + end]).hexdigest()
-            tensors[name] = {"file": path.name, "sha256": digest, **entry}
-    manifest = {"format_version": 1, "tensors": tensors}
-    (directory / "lowbit_manifest.json").write_text(json.dumps(manifest))
+    _write_manifest(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
 def published_checkpoint() -> Callable[..., Path]:
-    """``lowbit_checkpoint`` with all that calibration adds: recipe, provenance,
-    manifest and, with ``shards=2`` or more, an index."""
+    """``lowbit_checkpoint`` with all that calibration adds: recipe, provenance and,
+    with ``shards=2`` or more, an index."""
     return _published_checkpoint
 
 

@@ -271,7 +271,16 @@ def test_index_absolute_path_to_a_real_shard(copy: Any) -> None:
 def test_index_that_is_none(content: bytes, copy: Any) -> None:
     directory = copy("two")
     (directory / INDEX).write_bytes(content)
-    refused(directory, f"{directory / INDEX}: not a safetensors index")
+    broken = content in (b"", b"{", b"\xff\xfe") or len(content) > 1000
+    problem = "cannot be read as JSON" if broken else "not a safetensors index"
+    refused(directory, f"{directory / INDEX}: {problem}")
+
+
+def test_index_that_is_too_large(copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_lowbit.checkpoint.MAX_JSON_BYTES", 1 << 20)
+    directory = copy("two")
+    (directory / INDEX).write_bytes(b" " * (1 << 20) + b"{}")
+    refused(directory, f"{directory / INDEX}: is larger than 1 MiB")
 
 
 def test_index_that_leaves_out_a_shard(copy: Any) -> None:

@@ -343,7 +343,7 @@ class TestRefused:
         (out / SHARDS[1]).unlink()
         _, stderr = run(out, code=1)
         assert stderr.startswith(f"error: {out}/{SHARDS[1]}: is missing")
-        assert stderr.endswith("(and 1 more; --verify lists every problem)\n")
+        assert stderr.endswith("(and 1 more; `inspect --verify` lists them)\n")
 
 
 def test_without_vllm_and_transformers(sound: Path) -> None:

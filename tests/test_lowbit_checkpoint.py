@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from vllm_lowbit.kernels.packing import pack
 from vllm_lowbit.lowbit_checkpoint import (
     HEAD_SCALE,
     PackedWeight,
-    check_lowbit_checkpoint,
     expected_tensors,
     read_config,
 )
+from vllm_lowbit.manifest import require_headers
 from vllm_lowbit.schema import SCHEME_NAMES, LowbitConfig, Weights, scheme_from_name
+from vllm_lowbit.verification import Verification
 
 Q_PROJ, DOWN_PROJ = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 NORM, BIAS = "model.layers.0.input_layernorm.weight", f"{Q_PROJ}.bias"
@@ -64,10 +66,18 @@ def check(directory: Path) -> None:
     data, config = read_config(str(directory))
     assert config is not None
     shape = LlamaShape.from_config(data, "config.json")
-    check_lowbit_checkpoint(str(directory), shape, config)
+    require_headers(directory, shape, config)
+    Verification(directory).finish()
 
 
-def refused(directory: Path, *named: object) -> None:
+@pytest.fixture
+def refused(write_manifest: Callable[[Path], None]) -> Callable[..., None]:
+    """``refused(directory, *named)``, the manifest agreeing with the changed files."""
+    return partial(_refused, write_manifest)
+
+
+def _refused(write_manifest: Any, directory: Path, *named: object) -> None:
+    write_manifest(directory)
     with pytest.raises(CheckpointError) as error:
         check(directory)
     for name in named:
@@ -80,7 +90,9 @@ def test_whole_checkpoint(name: str, originals: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_tensor_is_needed(name: str, copy: Any, rewrite: Any) -> None:
+def test_every_tensor_is_needed(
+    name: str, copy: Any, rewrite: Any, refused: Any
+) -> None:
     directory, kinds = copy(name), {}
 
     def sort(tensors: dict[str, torch.Tensor]) -> None:
@@ -93,9 +105,7 @@ def test_every_tensor_is_needed(name: str, copy: Any, rewrite: Any) -> None:
     for tensor in kinds.values():
         path.write_bytes(whole)
         rewrite(directory, lambda tensors, name=tensor: tensors.pop(name))
-        refused(
-            directory, directory, f"1 tensors of the model are missing, first {tensor}"
-        )
+        refused(directory, directory, f"tensor {tensor} is in none of the files")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +121,9 @@ def test_every_tensor_is_needed(name: str, copy: Any, rewrite: Any) -> None:
         ("default", "model.layers.0.self_attn.rotary_emb.inv_freq"),
     ],
 )
-def test_extra_tensor(case: str, name: str, copy: Any, rewrite: Any) -> None:
+def test_extra_tensor(
+    case: str, name: str, copy: Any, rewrite: Any, refused: Any
+) -> None:
     directory = copy(case)
     path = rewrite(directory, lambda tensors: tensors.update({name: torch.ones(3)}))
     refused(directory, f"{path}: tensor {name} does not belong to the model")
@@ -132,7 +144,7 @@ def test_extra_tensor(case: str, name: str, copy: Any, rewrite: Any) -> None:
     ],
 )
 def test_misshaped_tensor(
-    case: str, name: str, shape: list[int], copy: Any, rewrite: Any
+    case: str, name: str, shape: list[int], copy: Any, rewrite: Any, refused: Any
 ) -> None:
     directory = copy(case)
 
@@ -157,7 +169,13 @@ def test_misshaped_tensor(
     ],
 )
 def test_dtype(
-    case: str, name: str, dtype: torch.dtype, message: str, copy: Any, rewrite: Any
+    case: str,
+    name: str,
+    dtype: torch.dtype,
+    message: str,
+    copy: Any,
+    rewrite: Any,
+    refused: Any,
 ) -> None:
     directory = copy(case)
     path = rewrite(directory, lambda t: t.update({name: t[name].to(dtype)}))
@@ -169,33 +187,37 @@ def test_dtype(
     ("case", "name"), [("default", NORM), ("asymmetric", BIAS), ("tied", HEAD_SCALE)]
 )
 def test_non_finite_vector(
-    case: str, name: str, value: float, copy: Any, rewrite: Any
+    case: str, name: str, value: float, copy: Any, rewrite: Any, refused: Any
 ) -> None:
     directory = copy(case)
     path = rewrite(directory, lambda tensors: tensors[name][-1:].fill_(value))
-    refused(directory, f"tensor {name} of {path} holds a non-finite value")
+    refused(directory, f"{path}: tensor {name} holds a non-finite value")
 
 
 @pytest.mark.parametrize(
     ("case", "change", "named"),
     [
-        ("default", {"bits": 8}, "weight_packed has shape [128, 32], the model needs"),
+        (
+            "default",
+            {"bits": 8},
+            "weight_packed has shape [256, 16], the model needs [256, 32]",
+        ),
         (
             "default",
             {"group_size": 32},
-            "weight_scale has shape [128, 1], the model ne",
+            "weight_scale has shape [256, 1], the model ne",
         ),
         (
             "default",
             {"symmetric": False},
-            "are missing, first model.layers.0.self_attn",
+            "q_proj.weight_zero_point is in none of the files",
         ),
         ("asymmetric", {"symmetric": True}, "weight_zero_point does not belong to the"),
         ("grouped", {"group_size": None}, "weight_scale has shape [128, 2], the model"),
     ],
 )
 def test_config_that_says_otherwise(
-    case: str, change: dict[str, Any], named: str, copy: Any
+    case: str, change: dict[str, Any], named: str, copy: Any, refused: Any
 ) -> None:
     directory = copy(case)
     path = directory / "config.json"

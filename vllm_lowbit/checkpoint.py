@@ -4,9 +4,11 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from .architecture import LlamaShape
@@ -15,14 +17,27 @@ from .load_time import check_finite
 
 FLOATS = ("BF16", "F16", "F32")
 INDEX = "model.safetensors.index.json"
+# Far above that of any model: a manifest has 250 bytes a tensor.
+MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor of a checkpoint must be; dtypes as safetensors names them."""
+    """What a tensor of a checkpoint must be.
+
+    Attributes:
+        dtypes: as safetensors names them.
+        shape: of it.
+        values: all it may hold, None for anything.
+        meaning: of those values, for the error.
+        optional: whether it may be missing.
+    """
 
     dtypes: tuple[str, ...]
     shape: tuple[int, ...]
+    values: torch.Tensor | None = field(default=None, compare=False)
+    meaning: str = ""
+    optional: bool = False
 
 
 def check_plain_checkpoint(model: str, shape: LlamaShape) -> None:
@@ -73,7 +88,7 @@ def check_tensors(
                 seen[name] = path
                 if name in expected:
                     _check_tensor(file, path, name, expected[name])
-    missing = [name for name in expected if name not in seen]
+    missing = [n for n, spec in expected.items() if n not in seen and not spec.optional]
     if missing:
         raise CheckpointError(
             f"{directory}: {len(missing)} tensors of the model are missing, first "
@@ -103,15 +118,8 @@ def safetensors_files(directory: Path) -> list[Path]:
             )
         return files
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-    ) as error:
+        names = set(read_json(index)["weight_map"].values())
+    except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from None
     for name in sorted(map(str, names)):
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -119,6 +127,24 @@ def safetensors_files(directory: Path) -> list[Path]:
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory}: shard {name} of the index is missing")
     return [directory / str(name) for name in sorted(map(str, names))]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint, of at most MAX_JSON_BYTES.
+
+    Raises:
+        CheckpointError: when it is larger, cannot be read, or is no JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: is larger than {MAX_JSON_BYTES >> 20} MiB")
+        return json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 @contextmanager
@@ -150,5 +176,12 @@ def _check_tensor(file: safe_open, path: Path, name: str, spec: TensorSpec) -> N
             f"{path}: tensor {name} has dtype {header.get_dtype()}, supported: "
             + ", ".join(spec.dtypes)
         )
-    if len(spec.shape) == 1:
-        check_finite(file.get_tensor(name), f"{name} of {path}")
+    if len(spec.shape) != 1:
+        return
+    tensor = file.get_tensor(name)
+    check_finite(tensor, f"{name} of {path}")
+    if spec.values is not None and not bool((tensor == spec.values).all()):
+        raise CheckpointError(
+            f"{path}: tensor {name} must hold {spec.meaning}, it starts with "
+            f"{tensor[:4].tolist()}"
+        )

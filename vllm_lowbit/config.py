@@ -23,10 +23,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from .architecture import LlamaShape, check_scheme, flag_only_rotations
 from .checkpoint import INDEX, check_plain_checkpoint
 from .errors import ConfigError, UnsupportedError
-from .lowbit_checkpoint import check_lowbit_checkpoint, read_config
+from .lowbit_checkpoint import read_config
+from .manifest import require_headers
 from .refusals import refuse_attention, refuse_engine_options
 from .rotations import check_rotations
 from .schema import LoadTimeOptions, LowbitConfig, scheme_from_name
+from .verification import Verification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -61,6 +63,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
             )
         self._resolved: LowbitConfig | None = None
         self._checked_engine = False
+        self._verification: Verification | None = None
 
     @property
     def resolved(self) -> LowbitConfig:
@@ -147,7 +150,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
                 f"{directory}/config.json: quantization_config is not the one vLLM was "
                 "given; leave it out of --hf-overrides"
             )
-        check_lowbit_checkpoint(directory, shape, self.stored)
+        require_headers(Path(directory), shape, self.stored)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
@@ -163,8 +166,9 @@ class LowbitQuantizationConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead | VocabParallelEmbedding):
             return vocabulary_method(self.resolved, plain, prefix)
         if isinstance(layer, LinearBase):
-            linear = LoadTimeLinearMethod if plain else CheckpointLinearMethod
-            return linear(self.resolved, prefix)
+            if self._verification is None:
+                return LoadTimeLinearMethod(self.resolved, prefix)
+            return CheckpointLinearMethod(self.resolved, prefix, self._verification)
         if isinstance(layer, AttentionLayerBase):
             if self.scheme.kv_cache.bits == 16:
                 return None
@@ -181,7 +185,8 @@ class LowbitQuantizationConfig(QuantizationConfig):
         vllm_config = get_current_vllm_config()
         refuse_engine_options(vllm_config, self.resolved)
         model, load = vllm_config.model_config, vllm_config.load_config
-        if not Path(model.model).is_dir():
+        directory = model.model
+        if not Path(directory).is_dir():
             directory = snapshot_download(
                 model.model,
                 revision=model.revision,
@@ -190,6 +195,11 @@ class LowbitQuantizationConfig(QuantizationConfig):
             )
             shape = LlamaShape.from_config(model.hf_config.to_dict(), model.model)
             self._check_files(directory, shape)
+        if self.stored is not None:
+            parallel = vllm_config.parallel_config
+            self._verification = Verification(
+                Path(directory), parallel.rank, parallel.world_size
+            )
         if vllm_config.load_config.load_format == "auto":
             # "auto" falls back to pickled *.bin files, and prefers
             # consolidated*.safetensors to the files that were checked.

@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .kernels.kv4_store.layout import bytes_per_token
 from .load_time import FUSED
 from .lowbit_checkpoint import read_config
-from .manifest import StoredTensor, check_headers, read_manifest
+from .manifest import StoredTensor, require_headers
 from .schema import LowbitConfig, Rotation
 
 BF16_BYTES = 2
@@ -172,13 +172,7 @@ def inspect(directory: Path) -> Inspection:
         ConfigError, UnsupportedError: as :func:`read_checkpoint`.
     """
     shape, config = read_checkpoint(directory)
-    stored, problems = check_headers(directory, shape, config, read_manifest(directory))
-    if problems:
-        more = len(problems) - 1
-        raise CheckpointError(
-            f"{directory / str(problems[0])}"
-            + (f" (and {more} more; --verify lists every problem)" if more else "")
-        )
+    stored = require_headers(directory, shape, config)
     files = sorted({tensor.file for tensor in stored.values()})
     sizes = {file: (directory / file).stat().st_size for file in files}
     parameters = sum(prod(size) for size in shape.tensors().values())

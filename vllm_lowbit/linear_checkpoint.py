@@ -12,10 +12,24 @@ from .kernels.packing import codes_per_block
 from .linear import LowbitLinearMethod
 from .lowbit_checkpoint import PackedWeight
 from .parameters import create_packed, set_codes, take_packed
+from .schema import LowbitConfig
+from .verification import Verification
 
 
 class CheckpointLinearMethod(LowbitLinearMethod):
-    """Unpacks what the checkpoint holds, and checks it on the way."""
+    """Unpacks what the checkpoint holds, and checks it on the way.
+
+    Args:
+        config: what the model runs.
+        prefix: name of the layer.
+        verification: of the whole checkpoint; nothing is served before its end.
+    """
+
+    def __init__(
+        self, config: LowbitConfig, prefix: str, verification: Verification
+    ) -> None:
+        super().__init__(config, prefix)
+        self.verification = verification
 
     def create_weights(
         self,
@@ -53,8 +67,10 @@ class CheckpointLinearMethod(LowbitLinearMethod):
         """Unpack the loaded weight.
 
         Raises:
-            CheckpointError: naming the tensor with a value its grid does not have.
+            CheckpointError: naming the tensor with a value its grid does not have,
+                or any tensor of the checkpoint whose checksum is wrong.
         """
+        self.verification.finish()
         if layer.bias is not None:
             self._check_finite(layer.bias.data, "bias")
         stored = take_packed(layer)

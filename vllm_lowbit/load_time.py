@@ -195,11 +195,14 @@ def _rows_at_a_time(columns: int) -> int:
     return max(1, (1 << 19) // columns)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a float tensor holds no Inf or NaN."""
+    # In parts, so that the mask stays small.
+    parts = tensor.flatten().split(1 << 22)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
 def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raise CheckpointError naming the tensor when it holds an Inf or NaN."""
-    # In parts, so that the mask stays small.
-    for part in tensor.flatten().split(1 << 22):
-        if not bool(torch.isfinite(part).all()):
-            raise CheckpointError(
-                f"tensor {name} holds a non-finite value (Inf or NaN)"
-            )
+    if not is_finite(tensor):
+        raise CheckpointError(f"tensor {name} holds a non-finite value (Inf or NaN)")

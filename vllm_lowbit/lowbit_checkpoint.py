@@ -15,7 +15,6 @@ weight is 1, and what it was is ``lm_head.input_scale``, float32 ``[hidden]``, a
 after the rotation is undone.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from .architecture import LlamaShape
-from .checkpoint import FLOATS, TensorSpec, check_tensors
+from .checkpoint import FLOATS, TensorSpec, read_json
 from .errors import CheckpointError, ConfigError
 from .kernels.grid import IntGrid
 from .kernels.packing import packed_columns, unpack
@@ -75,17 +74,6 @@ def expected_tensors(shape: LlamaShape, config: LowbitConfig) -> dict[str, Tenso
     return tensors
 
 
-def check_lowbit_checkpoint(
-    model: str, shape: LlamaShape, config: LowbitConfig
-) -> None:
-    """Check that the files of a lowbit checkpoint hold exactly what its config says.
-
-    Raises:
-        CheckpointError: as :func:`~vllm_lowbit.checkpoint.check_tensors`.
-    """
-    check_tensors(Path(model), expected_tensors(shape, config))
-
-
 def residual_is_online(config: LowbitConfig) -> bool:
     """Whether embedding and head share a matrix that is not rotated."""
     residual = config.rotations.residual
@@ -123,20 +111,25 @@ class PackedWeight:
         step = max(1, _BLOCK_ELEMENTS // columns)
         for rows, words in zip(codes.split(step), self.packed.split(step), strict=True):
             rows.copy_(unpack(words, weights.bits, columns))
-            _check_range(f"{name}.weight_packed", "code", rows, grid)
-        good = self.scale.isfinite() & (self.scale > 0)
-        if not bool(good.all()):
-            worst = float(self.scale[~good].flatten()[0])
-            raise CheckpointError(
-                f"tensor {name}.weight_scale holds {worst}; scales are positive and "
-                "finite"
-            )
+            check_range(f"{name}.weight_packed", "code", rows, grid)
+        check_scale(f"{name}.weight_scale", self.scale)
         if self.zero_point is not None:
-            _check_range(f"{name}.weight_zero_point", "value", self.zero_point, grid)
+            check_range(f"{name}.weight_zero_point", "value", self.zero_point, grid)
         return codes
 
 
-def _check_range(name: str, what: str, codes: torch.Tensor, grid: IntGrid) -> None:
+def check_scale(name: str, scale: torch.Tensor) -> None:
+    """Raise CheckpointError naming the tensor when a scale cannot be one."""
+    good = scale.isfinite() & (scale > 0)
+    if not bool(good.all()):
+        worst = float(scale[~good].flatten()[0])
+        raise CheckpointError(
+            f"tensor {name} holds {worst}; scales are positive and finite"
+        )
+
+
+def check_range(name: str, what: str, codes: torch.Tensor, grid: IntGrid) -> None:
+    """Raise CheckpointError naming the tensor when a code is not on the grid."""
     low, high = (int(value) for value in torch.aminmax(codes))
     if low < grid.code_min or high > grid.code_max:
         worst = low if low < grid.code_min else high
@@ -152,14 +145,24 @@ def read_config(model: str) -> tuple[dict[str, Any], LowbitConfig | None]:
     Raises:
         ConfigError: when it is not a JSON object, or its quantization is not ours.
     """
+    config = read_model_config(model)
+    return config, quantization_of(config, str(Path(model) / "config.json"))
+
+
+def read_model_config(model: str) -> dict[str, Any]:
+    """config.json of a local model.
+
+    Raises:
+        ConfigError: when it is not a JSON object.
+    """
     path = Path(model) / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+        config = read_json(path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not a JSON object")
-    return config, quantization_of(config, str(path))
+    return config
 
 
 def quantization_of(config: Mapping[str, Any], source: str) -> LowbitConfig | None:

@@ -2,7 +2,6 @@
 """lowbit_manifest.json: what every tensor of a checkpoint must be, and checking it."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ import torch
 from safetensors import SafetensorError
 
 from .architecture import LlamaShape
-from .checkpoint import INDEX, TensorSpec, open_shard
+from .checkpoint import INDEX, TensorSpec, open_shard, read_json
 from .errors import CheckpointError
+from .load_time import is_finite
 from .lowbit_checkpoint import MANIFEST, RECIPE, expected_tensors
 from .schema import LowbitConfig, Manifest, TensorEntry
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1}
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,35 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: when there is none, or it is not JSON.
+        CheckpointError: when there is none, or it is no JSON.
         ConfigError: for a key or value it cannot have.
     """
     path = directory / MANIFEST
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    return Manifest.parse(data, str(path))
+    return Manifest.parse(read_json(path), str(path))
+
+
+def require_headers(
+    directory: Path, shape: LlamaShape, config: LowbitConfig
+) -> dict[str, StoredTensor]:
+    """Refuse a checkpoint whose files, manifest and model do not agree.
+
+    Arguments as in :func:`check_headers`; no tensor is read.
+
+    Returns:
+        The tensors there are, by name.
+
+    Raises:
+        CheckpointError: naming the first file and tensor that differs.
+        ConfigError: for a manifest that does not validate.
+    """
+    found, problems = check_headers(directory, shape, config, read_manifest(directory))
+    if problems:
+        more = len(problems) - 1
+        raise CheckpointError(
+            f"{directory / str(problems[0])}"
+            + (f" (and {more} more; `inspect --verify` lists them)" if more else "")
+        )
+    return found
 
 
 def check_headers(
@@ -145,7 +165,8 @@ def verify(
     done, total = 0, sum(sizes.values())
     progress(done, total)
     for name, stored in both.items():
-        message = _data_problem(directory, name, stored, manifest.tensors[name].sha256)
+        sha256 = manifest.tensors[name].sha256
+        message = data_problem(directory, name, stored.file, sha256)
         if message is not None:
             yield Problem(stored.file, name, message)
         done += sizes[name]
@@ -202,8 +223,8 @@ def _index_problems(directory: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem(INDEX, None, "is missing; the weights are in several files")
         return
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        listed = read_json(path)["weight_map"]
+    except (CheckpointError, KeyError, TypeError) as error:
         yield Problem(INDEX, None, f"is not a safetensors index: {error!r}")
         return
     if listed != files:
@@ -252,14 +273,23 @@ def _recipe_problems(directory: Path, config: LowbitConfig) -> Iterator[Problem]
         yield Problem(RECIPE, None, f"has sha256 {digest}, config.json says {expected}")
 
 
-def _data_problem(
-    directory: Path, name: str, stored: StoredTensor, sha256: str
-) -> str | None:
+def data_problem(directory: Path, name: str, file: str, sha256: str) -> str | None:
+    """What is wrong with a tensor's data, None for nothing.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the tensor.
+        file: that holds it.
+        sha256: it should have.
+    """
     try:
-        with open_shard(directory / stored.file) as file:
-            digest = tensor_sha256(file.get_tensor(name))
+        with open_shard(directory / file) as shard:
+            tensor = shard.get_tensor(name)
     except (CheckpointError, SafetensorError, OSError) as error:
         return f"cannot be read: {error}"
+    digest = tensor_sha256(tensor)
     if digest != sha256:
         return f"has sha256 {digest}, {MANIFEST} says {sha256}"
+    if tensor.is_floating_point() and not is_finite(tensor):
+        return "holds a non-finite value (Inf or NaN)"
     return None
