@@ -74,6 +74,7 @@ def test_file_that_vanishes(checkpoint: Path, tmp_path: Path) -> None:
         Verification(checkpoint).finish()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_dies_is_no_success(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
