@@ -26,6 +26,7 @@ from .text import default_text
 
 CARD = "README.md"
 TEMPLATE = "model_card.md.j2"
+EXPORT_TEMPLATE = "export_card.md.j2"
 _FRONT_MATTER = re.compile(
     r"\A\ufeff?\s*---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE
 )
@@ -82,8 +83,8 @@ class CalibrationText:
 
 
 @dataclass(frozen=True)
-class Card:
-    """Everything a card says.
+class Identity:
+    """What a checkpoint is.
 
     Texts may hold anything; of a path only the last component is shown.
 
@@ -92,7 +93,21 @@ class Card:
         base_model: hub name, or the name of its directory.
         base_revision: commit on the hub.
         base: metadata of the base model.
-        config: of the checkpoint.
+        config: how it is quantized.
+    """
+
+    name: str
+    base_model: str
+    base_revision: str | None
+    base: BaseMetadata
+    config: LowbitConfig
+
+
+@dataclass(frozen=True)
+class Card(Identity):
+    """Everything the card of a calibrated checkpoint says.
+
+    Attributes:
         recipe: it was made by.
         checkpoint_bytes: of its safetensors files.
         bf16_bytes: of the same model in bf16.
@@ -101,16 +116,30 @@ class Card:
         versions: by the name of the package.
     """
 
-    name: str
-    base_model: str
-    base_revision: str | None
-    base: BaseMetadata
-    config: LowbitConfig
     recipe: Recipe
     checkpoint_bytes: int
     bf16_bytes: int
     perplexities: tuple[TextPerplexity, ...]
     calibration: CalibrationText | None
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ExportCard(Identity):
+    """Everything the card of an exported checkpoint says.
+
+    Attributes:
+        method: ``quant_method`` of its config.json.
+        format: of its tensors, as the method calls it.
+        scale_dtype: of weight scales, such as ``bfloat16``.
+        exported_from: name of the lowbit checkpoint.
+        versions: by the name of the package.
+    """
+
+    method: str
+    format: str
+    scale_dtype: str
+    exported_from: str
     versions: Mapping[str, str]
 
 
@@ -123,6 +152,30 @@ def write_card(directory: Path, card: Card) -> Path:
 
 def render_card(card: Card) -> str:
     """The card as Markdown with YAML front matter."""
+    return _render(
+        TEMPLATE,
+        card,
+        method="lowbit",
+        transforms=_transforms(card),
+        commands=_commands(card),
+    )
+
+
+def render_export_card(card: ExportCard) -> str:
+    """The same of an exported checkpoint."""
+    output = f"./{_last_component(card.name)}"
+    source = _last_component(card.exported_from)
+    export = ["vllm-lowbit", "export", source, "-o", output, "--format", card.method]
+    return _render(
+        EXPORT_TEMPLATE,
+        card,
+        method=card.method,
+        serve=_command(["vllm", "serve", output]),
+        export=_command(export),
+    )
+
+
+def _render(template: str, card: Identity, method: str, **context: object) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
@@ -131,14 +184,13 @@ def render_card(card: Card) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"md": _markdown, "name": _last_component, "size": _size}
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(template).render(
         card=card,
         base=_base(card),
-        front_matter=_front_matter(card),
+        front_matter=_front_matter(card, method),
         quantized=_quantized(card.config.scheme),
-        transforms=_transforms(card),
-        commands=_commands(card),
         license=_license(card.base),
+        **context,
     )
 
 
@@ -172,7 +224,7 @@ def _strings(value: Any) -> tuple[str, ...] | None:
     return tuple(values) if values and all(map(_string, values)) else None
 
 
-def _front_matter(card: Card) -> str:
+def _front_matter(card: Identity, method: str) -> str:
     base, base_model = card.base, _last_component(card.base_model)
     on_hub = _is_hub_name(base_model)
     data = {
@@ -185,7 +237,7 @@ def _front_matter(card: Card) -> str:
         "base_model_relation": "quantized" if on_hub else None,
         "library_name": "vllm",
         "pipeline_tag": base.pipeline_tag,
-        "tags": ["vllm", "lowbit", "quantized", card.config.scheme.name],
+        "tags": ["vllm", method, "quantized", card.config.scheme.name],
     }
     stated = {
         key: _one_line(value) if isinstance(value, str) else value
@@ -195,7 +247,7 @@ def _front_matter(card: Card) -> str:
     return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True, width=1 << 20)
 
 
-def _base(card: Card) -> str:
+def _base(card: Identity) -> str:
     """The base model in Markdown, linked if its name says that it is on the hub."""
     name = _last_component(card.base_model)
     text = _markdown(name)

@@ -13,8 +13,9 @@ import torch
 from ..architecture import LlamaShape
 from ..checkpoint import check_plain_checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..lowbit_checkpoint import read_config
 from ..schema import LowbitConfig, scheme_from_name, shorten
+from ..takeover.checkpoint import read_quantization
+from ..takeover.foreign import ForeignFormat
 from .offline_engine import offline_engine, prompt_losses
 from .perplexity import mean_perplexity, negative_log_likelihood, tokenize, windows
 from .reference_model import ReferenceLlama, load_time_config
@@ -55,7 +56,7 @@ class _Target:
     model: str
     shape: LlamaShape
     max_positions: int
-    stored: LowbitConfig | None
+    stored: LowbitConfig | ForeignFormat | None
     chosen: LowbitConfig | None
 
     @property
@@ -82,7 +83,7 @@ def evaluate(
     other may be running.
 
     Args:
-        model: directory of a plain or a lowbit checkpoint, with its tokenizer.
+        model: directory of a plain or quantized checkpoint, with its tokenizer.
         data: UTF-8 text.
         seq_len: tokens of a window.
         max_tokens: of the text, from its start; None is all of it.
@@ -129,7 +130,7 @@ def _target(model: str, scheme: str | None) -> _Target:
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "does not exist"
         raise CheckpointError(f"model {model} {what}; a local checkpoint is evaluated")
-    data, stored = read_config(model)
+    data, stored = read_quantization(model)
     source = f"{model}/config.json"
     shape = LlamaShape.from_config(data, source)
     # What transformers assumes where a config does not say.
@@ -143,8 +144,8 @@ def _target(model: str, scheme: str | None) -> _Target:
     if scheme is not None:
         if stored is not None:
             raise ConfigError(
-                f"scheme {shorten(scheme)} cannot be chosen: {model} is a lowbit "
-                f"checkpoint of scheme {stored.scheme.name}"
+                f"scheme {shorten(scheme)} cannot be chosen: {model} is quantized "
+                f"already, by scheme {stored.scheme.name}"
             )
         chosen = load_time_config(model, scheme_from_name(scheme))
     return _Target(model, shape, max_positions, stored, chosen)
@@ -200,6 +201,9 @@ def _vllm(
     if target.stored is None:
         check_plain_checkpoint(target.model, target.shape)
     quantization: dict[str, Any] = {}
+    if isinstance(target.stored, ForeignFormat):
+        # Its own method would come first, and may run another scheme.
+        quantization = {"quantization": "lowbit"}
     if target.chosen is not None:
         choice = json.dumps({"scheme": target.scheme})
         quantization = {

@@ -20,6 +20,8 @@ from ..lowbit_checkpoint import read_config
 from ..manifest import require_headers
 from ..rotations import check_rotations
 from ..schema import LowbitConfig, Scheme
+from ..takeover.checkpoint import check_foreign_checkpoint, read_quantization
+from ..takeover.foreign import ForeignFormat
 from ..verification import Verification
 from .reference_weights import WeightReader
 
@@ -46,9 +48,10 @@ class ReferenceLlama:
     rounds.
 
     Args:
-        model: local directory of a plain or a lowbit checkpoint.
+        model: local directory of a plain checkpoint, or of one that is quantized in
+            any way the server runs.
         config: scheme and rotations for a plain one, as resolved by
-            :func:`load_time_config`; None is the float model. A lowbit checkpoint
+            :func:`load_time_config`; None is the float model. A quantized checkpoint
             has its own.
         dtype: of the server that is mirrored.
 
@@ -67,7 +70,7 @@ class ReferenceLlama:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         source = f"{model}/config.json"
-        data, stored = read_config(model)
+        data, stored = read_quantization(model)
         self.shape = LlamaShape.from_config(data, source)
         if stored is None:
             check_plain_checkpoint(model, self.shape)
@@ -76,19 +79,21 @@ class ReferenceLlama:
                 f"{source}: the checkpoint has its own scheme {stored.scheme.name}; no "
                 "other can be chosen"
             )
+        elif isinstance(stored, ForeignFormat):
+            config = stored.resolve(self.shape, source)
+            check_foreign_checkpoint(model, self.shape, stored)
         else:
+            config = stored
             check_scheme(self.shape, stored.scheme, source)
             check_rotations(self.shape, stored, source)
             require_headers(Path(model), self.shape, stored)
             Verification(Path(model)).finish()
-        self.config, self.dtype = stored or config, dtype
+        self.config, self.dtype = config, dtype
         self.scheme_name = self.config.scheme.name if self.config else "float"
         hf_config = LlamaConfig.from_pretrained(model)
         self.eps = float(hf_config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(hf_config)
-        reader = WeightReader(
-            Path(model), self.shape, self.config, stored is not None, dtype
-        )
+        reader = WeightReader(Path(model), self.shape, self.config, stored, dtype)
         self.tensors = reader.norms()
         self.vocabulary = reader.vocabulary()
         self.linears = reader.linears()

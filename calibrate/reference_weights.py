@@ -2,7 +2,7 @@
 """Linears and vocabulary of the reference model, on the reference operators.
 
 Built from a plain checkpoint, float or quantized as the server does while loading, or
-read from a lowbit one.
+read from a quantized one.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from ..load_time import (
 )
 from ..lowbit_checkpoint import HEAD_SCALE, VOCABULARY, PackedWeight, residual_is_online
 from ..schema import LowbitConfig, Rotation, Weights
+from ..takeover.foreign import ForeignFormat
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 _LINEARS = (
@@ -151,8 +152,8 @@ class WeightReader:
         directory: the checkpoint.
         shape: its sizes.
         config: scheme and rotations, None for the float model.
-        packed: whether the files hold quantized matrices; otherwise they are
-            quantized here.
+        stored: how the matrices in the files are quantized; None where they are not,
+            and are quantized here.
         dtype: of the server, to which it rounds the float tensors it reads.
     """
 
@@ -161,11 +162,11 @@ class WeightReader:
         directory: Path,
         shape: LlamaShape,
         config: LowbitConfig | None,
-        packed: bool,
+        stored: LowbitConfig | ForeignFormat | None,
         dtype: torch.dtype,
     ) -> None:
         self._shape, self._config = shape, config
-        self._packed, self._dtype = packed, dtype
+        self._stored, self._dtype = stored, dtype
         self._tensors: dict[str, torch.Tensor] = {}
         for path in safetensors_files(directory):
             with safe_open(path, framework="pt") as file:
@@ -209,7 +210,7 @@ class WeightReader:
     def _matrix(self, module: str) -> VocabularyMatrix:
         if self._config is None or self._config.scheme.vocab_bits == 16:
             return VocabularyMatrix(self._float(f"{module}.weight"))
-        if self._packed:
+        if self._stored is not None:
             weight = self._unpack(module, self._shape.hidden_size, VOCABULARY)
             return VocabularyMatrix(weight.codes, weight.scale)
         grid = IntGrid(VOCABULARY.bits, VOCABULARY.symmetric)
@@ -225,7 +226,7 @@ class WeightReader:
             weights = [self._float(f"{block}.{part}.weight") for part in parts]
             weight = torch.cat(weights)
             return lambda x: torch.nn.functional.linear(x, weight, bias)
-        if self._packed:
+        if self._stored is not None:
             quantized = self._read(block, name)
         else:
             quantized, bias = self._quantize(block, name, bias)
@@ -261,7 +262,10 @@ class WeightReader:
         }.get(name, self._shape.hidden_size)
         weights = self._config.scheme.weights
         parts = [
-            self._unpack(f"{block}.{part}", columns, weights) for part in FUSED[name]
+            self._convert(f"{block}.{part}", columns, self._stored)
+            if isinstance(self._stored, ForeignFormat)
+            else self._unpack(f"{block}.{part}", columns, weights)
+            for part in FUSED[name]
         ]
         zero_points = [p.zero_point for p in parts if p.zero_point is not None]
         return QuantizedWeight(
@@ -270,6 +274,16 @@ class WeightReader:
             torch.cat(zero_points) if zero_points else None,
             None,
         )
+
+    def _convert(
+        self, module: str, columns: int, foreign: ForeignFormat
+    ) -> QuantizedWeight:
+        rows = self._shape.tensors()[f"{module}.weight"][0]
+        tensors = {
+            kind: self._tensors.pop(f"{module}.{kind}")
+            for kind in foreign.layouts(rows, columns)
+        }
+        return foreign.convert(module, tensors, rows, columns)
 
     def _unpack(self, module: str, columns: int, weights: Weights) -> QuantizedWeight:
         stored = PackedWeight(

@@ -25,6 +25,7 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.int64: "I64",
     torch.int8: "I8",
 }
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -167,8 +168,12 @@ class CheckpointWriter:
         """Write one text file."""
         (self.staging / name).write_text(text, encoding="utf-8")
 
-    def commit(self, config: Mapping[str, Any]) -> None:
+    def commit(self, config: Mapping[str, Any], manifest: bool = True) -> None:
         """Write index, manifest and config.json, and put the directory in place.
+
+        Args:
+            config: what config.json will hold.
+            manifest: whether to write one; other formats than lowbit have none.
 
         Raises:
             ValueError: when an announced tensor was never added.
@@ -181,7 +186,8 @@ class CheckpointWriter:
             total = sum(_bytes(spec) for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": self.shards}
             self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
-        write_manifest(self.staging, entries)
+        if manifest:
+            write_manifest(self.staging, entries, config)
         for path in self.staging.iterdir():
             _sync(path)
         self.write_text("config.json", json.dumps(config, indent=2) + "\n")

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,7 +191,7 @@ def _round_to_nearest(tensors: dict[str, Any], shape: Any, config: Any) -> Any:
 
 
 def _write_manifest(directory: Path) -> None:
-    """Of whatever the files hold, read without the code under test."""
+    """Of whatever the files and config.json hold, without the code under test."""
     tensors = {}
     for path in directory.glob("*.safetensors"):
         content = path.read_bytes()
@@ -201,7 +202,8 @@ def _write_manifest(directory: Path) -> None:
             first, end = entry.pop("data_offsets")
             digest = hashlib.sha256(content[start + first : start + end]).hexdigest()
             tensors[name] = {"file": path.name, "sha256": digest, **entry}
-    manifest = {"format_version": 1, "tensors": tensors}
+    config = json.loads((directory / "config.json").read_text())
+    manifest = {"format_version": 1, "tensors": tensors, "config": config}
     (directory / "lowbit_manifest.json").write_text(json.dumps(manifest))
 
 
@@ -286,6 +288,13 @@ def published_checkpoint() -> Callable[..., Path]:
     """``lowbit_checkpoint`` with all that calibration adds: recipe, provenance and,
     with ``shards=2`` or more, an index."""
     return _published_checkpoint
+
+
+@pytest.fixture(scope="session")
+def foreign_checkpoint() -> Callable[..., Path]:
+    """``foreign_checkpoint(directory, source, kind, ...)``: see its own file."""
+    file = Path(__file__).parent / "foreign_checkpoint.py"
+    return runpy.run_path(str(file))["foreign_checkpoint"]
 
 
 def _engine_config(model: Path | str = REF_7M, **arguments: Any) -> Any:

@@ -128,7 +128,7 @@ def test_group_size_of_another_model(
 def test_defect_of_the_files(copy: Any, rewrite: Any, engine_config: Any) -> None:
     directory, name = copy("default"), SCALE
     rewrite(directory, lambda tensors: tensors.pop(name))
-    with pytest.raises(ValueError, match=f"are missing, first {name}"):
+    with pytest.raises(ValueError, match=f"tensor {name} is in none of the files"):
         engine_config(directory, quantization=None)
 
 
@@ -153,13 +153,21 @@ def test_hub_checkpoint_is_checked_once_it_is_on_disk(
         ),
         load_config=SimpleNamespace(load_format="auto", download_dir=None),
     )
-    monkeypatch.setattr(config_module, "snapshot_download", lambda *_, **__: directory)
+
+    def fetch(model: str, allow_patterns: list[str], **_: object) -> str:
+        """What is not asked for is not there."""
+        for path in directory.iterdir():
+            if not any(path.match(pattern) for pattern in allow_patterns):
+                path.unlink()
+        return str(directory)
+
+    monkeypatch.setattr(config_module, "snapshot_download", fetch)
     monkeypatch.setattr(config_module, "get_current_vllm_config", lambda: engine)
     monkeypatch.setattr(config_module, "refuse_engine_options", lambda *_: None)
     config = config_module.LowbitQuantizationConfig.from_config(quantization)
     config.maybe_update_config("some-organisation/some-model", hf_config)
     error, message = {
-        "files": (CheckpointError, f"are missing, first {SCALE}"),
+        "files": (CheckpointError, f"tensor {SCALE} is in none of the files"),
         "config": (ConfigError, "is not the one vLLM was given"),
     }[defect]
     with pytest.raises(error, match=message):

@@ -385,6 +385,48 @@ def _(symbol: Any, real: Any) -> None:
     assert symbol(other, layer, x, None).dtype == torch.float64  # not asked
 
 
+@holds("_verify_quantization")
+def _(symbol: Any, real: Any) -> None:
+    for flag, method in (("lowbit", "lowbit"), (None, "compressed-tensors")):
+        stored = {"quant_method": "compressed-tensors"}
+        model = SimpleNamespace(
+            quantization=flag,
+            hf_config=None,
+            model_arch_config=SimpleNamespace(quantization_config=stored),
+        )
+        symbol(model)
+        assert model.quantization == method
+
+
+@holds("AutoWeightsLoader")
+def _(symbol: Any, real: Any) -> None:
+    model = torch.nn.Module()
+    model.quant_config, model.linear = real.quant, torch.nn.Linear(2, 2, bias=False)
+    names = ("g_idx", "weight_shape", "bias", "weight")
+    loaded = symbol(model).load_weights(
+        (f"linear.{name}", torch.ones(2, 2)) for name in names
+    )
+    assert loaded == {"linear.weight"}
+
+
+@holds("WeightsMapper")
+def _(symbol: Any, real: Any) -> None:
+    assert isinstance(real.quant.get_checkpoint_weight_mapper(), symbol)
+
+
+@holds("QKVParallelLinear")
+def _(symbol: Any, real: Any) -> None:
+    """How it cuts is tested with the layers, tests/takeover/test_layers.py."""
+    newer = real.resolve("vllm.model_executor.layers.linear.WEIGHT_LOADER_V2_SUPPORTED")
+    assert "TakeoverLinearMethod" not in newer
+    for name in ("input_dim", "output_dim", "packed_dim", "packed_factor"):
+        loaders = [symbol.weight_loader]
+        if name == "input_dim":
+            row = "vllm.model_executor.layers.linear.RowParallelLinear.weight_loader"
+            loaders = [real.resolve(row)]
+        assert name in inspect.getsource(loaders[0])
+
+
 @holds("checkpoint_has_lm_head")
 def _(symbol: Any, real: Any) -> None:
     for name, own in (("lm_head.input_scale", False), ("lm_head.weight", True)):

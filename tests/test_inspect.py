@@ -83,6 +83,12 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(data))
 
 
+def edit_config(out: Path, change: Callable[[Any], object]) -> None:
+    """Change config.json, and what the manifest says of it."""
+    edit_json(out / "config.json", change)
+    edit_json(out / "lowbit_manifest.json", lambda data: change(data["config"]))
+
+
 def flip(path: Path, name: str) -> None:
     """Change one bit of a tensor's data."""
     content = bytearray(path.read_bytes())
@@ -198,10 +204,10 @@ class TestJson:
         assert found["verified"] is True
 
     def test_no_provenance(self, out: Path) -> None:
-        edit_json(
-            out / "config.json",
-            lambda data: data["quantization_config"].pop("provenance"),
-        )
+        def change(data: Any) -> None:
+            data["quantization_config"].pop("provenance")
+
+        edit_config(out, change)
         assert read(out)["provenance"] is None
 
     def test_reads_no_tensor(self, out: Path) -> None:
@@ -238,7 +244,7 @@ class TestText:
         def change(data: Any) -> None:
             data["quantization_config"]["provenance"]["base_model"] = "[red]a[/b]"
 
-        edit_json(out / "config.json", change)
+        edit_config(out, change)
         assert "base model: [red]a[/b], revision" in run(out)[0]
 
 

@@ -279,15 +279,21 @@ class TestCodes:
         with pytest.raises(CheckpointError, match=message):
             self.stored(codes, bits).codes("x", 70, weights)
 
-    @pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize(
+        "value", [0.0, -1.0, 2.0**-127, torch.nan, torch.inf, -torch.inf]
+    )
     def test_scale(self, value: float) -> None:
         stored = self.stored(torch.zeros(5, 64, dtype=torch.int8), 4)
         stored.scale[3, 1] = value
         with pytest.raises(CheckpointError) as error:
             stored.codes("model.x", 64, Weights(bits=4))
         assert str(error.value) == (
-            f"tensor model.x.weight_scale holds {value}; scales are positive and finite"
+            f"tensor model.x.weight_scale holds {value}; scales are positive, finite "
+            "and not subnormal"
         )
+        # The smallest that may be.
+        stored.scale[3, 1] = 2.0**-126
+        stored.codes("model.x", 64, Weights(bits=4))
 
     @pytest.mark.parametrize("value", [-9, 8, 127, -128])
     def test_zero_point(self, value: int) -> None:

@@ -93,9 +93,11 @@ class TestFile:
                 ("a", "I8", (), "f"),
             )
         }
-        write_manifest(tmp_path, entries)
+        config = {"rope_theta": 1e4, "limits": [0.0, float("inf")], "tied": None}
+        write_manifest(tmp_path, entries, config)
         read = read_manifest(tmp_path)
         assert read.tensors == entries
+        assert read.config == config
         assert list(read.tensors) == ["z", "a"]
 
     @pytest.mark.parametrize(
@@ -241,7 +243,8 @@ class TestFiles:
             out / INDEX,
             lambda data: data["weight_map"].update({"model.norm.weight": SHARDS[0]}),
         )
-        assert problems(out) == [f"{INDEX}: weight_map is not that of {MANIFEST}"]
+        other = f"is in '{SHARDS[0]}', {MANIFEST} says '{SHARDS[1]}'"
+        assert problems(out) == [f"{INDEX}: tensor model.norm.weight {other}"]
         (out / INDEX).write_text("[]")
         (found,) = problems(out)
         assert found.startswith(f"{INDEX}: is not a safetensors index: TypeError")
@@ -324,8 +327,50 @@ class TestRecipe:
             out / "config.json",
             lambda data: data["quantization_config"].pop("provenance"),
         )
+        edit(
+            out / MANIFEST,
+            lambda data: data["config"]["quantization_config"].pop("provenance"),
+        )
         (found,) = problems(out)
         assert found.startswith("config.json: quantization_config has no provenance")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda data: data["rope_parameters"].update(rope_theta=10000),
+            "rope_parameters.rope_theta is 10000, lowbit_manifest.json says 10000.0",
+        ),
+        (
+            lambda data: data["quantization_config"]["scheme"].pop("kv_cache"),
+            "quantization_config.scheme.kv_cache is missing, lowbit_manifest.json says",
+        ),
+        (
+            lambda data: data.update(a=None),
+            "a is None, lowbit_manifest.json",
+        ),
+        (
+            lambda data: data.update(bos_token_id=True),
+            "bos_token_id is True, lowbit_manifest.json",
+        ),
+    ],
+)
+def test_config_is_as_it_was_written(
+    out: Path, change: Callable[[Any], object], message: str
+) -> None:
+    shape, config = read_checkpoint(out)
+    edit(out / "config.json", change)
+    (found,) = map(str, verify(out, shape, config))
+    assert found.startswith(f"config.json: key {message}")
+    assert found.endswith("leave the file as it was and use --hf-overrides")
+
+
+def test_config_may_be_formatted_otherwise(out: Path) -> None:
+    path = out / "config.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(data.items())), indent=7))
+    assert problems(out) == []
 
 
 def test_config_of_another_scheme(out: Path) -> None:

@@ -229,9 +229,9 @@ class TestConfig:
         with pytest.raises(ConfigError, match=f"scheme '{scheme}' does not exist; sup"):
             quant.from_config_dict_json(json.dumps({"scheme": scheme}))
 
-    @pytest.mark.parametrize("method", ["gptq", "compressed-tensors", None, "LOWBIT"])
+    @pytest.mark.parametrize("method", ["fp8", "bitsandbytes", None, "LOWBIT"])
     def test_checkpoint_of_another_method(self, quant: Any, method: str | None) -> None:
-        with pytest.raises(UnsupportedError, match=f"already quantized by {method!r};"):
+        with pytest.raises(ConfigError, match=f"already quantized by {method!r}; supp"):
             quant.from_config({"quant_method": method, "bits": 4})
 
     def test_lowbit_checkpoint(self, quant: Any) -> None:

@@ -84,6 +84,7 @@ def manifest() -> dict[str, Any]:
                 "sha256": "f" * 64,
             },
         },
+        "config": {"hidden_size": 64, "quantization_config": {"format_version": 1}},
     }
 
 
@@ -212,6 +213,7 @@ def test_equal_number_is_read_as_the_integer() -> None:
 
 BAD_MANIFEST = [
     ("format_version", 2, "format_version", "got 2"),
+    ("format_version", True, "format_version", "should be a number, got True"),
     ("tensors", [], "tensors", "got []"),
     ("tensors", DROP, "tensors", "Field required"),
     ("tensors/scalar/dtype", "F64", "dtype", "got 'F64'"),
@@ -229,6 +231,8 @@ BAD_MANIFEST = [
     ("tensors/scalar/sha256", DROP, "sha256", "Field required"),
     ("tensors/scalar/mode", "rw", "mode", "got 'rw'"),
     ("tensors/scalar", None, "scalar", "got None"),
+    ("config", [], "config", "got []"),
+    ("config", DROP, "config", "Field required"),
 ]
 
 

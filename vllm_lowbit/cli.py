@@ -11,11 +11,13 @@ from . import __version__
 from .commands.calibrate import calibrate
 from .commands.env import env
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.inspect import inspect
 from .errors import LowbitError
 
 # Packages that some commands need, and the extra of ours that installs each.
 EXTRAS = {
+    "compressed_tensors": "calibrate",
     "huggingface_hub": "calibrate",
     "transformers": "calibrate",
     "yaml": "calibrate",
@@ -71,5 +73,5 @@ def main(
     """4-bit weights, activations and KV cache for stock vLLM."""
 
 
-for command in (calibrate, evaluate, inspect, env):
+for command in (calibrate, evaluate, inspect, export, env):
     app.command()(command)

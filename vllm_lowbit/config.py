@@ -23,34 +23,38 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from .architecture import LlamaShape, check_scheme, flag_only_rotations
 from .checkpoint import INDEX, check_plain_checkpoint
 from .errors import ConfigError, UnsupportedError
-from .lowbit_checkpoint import read_config
+from .lowbit_checkpoint import MANIFEST
 from .manifest import require_headers
 from .refusals import refuse_attention, refuse_engine_options
 from .rotations import check_rotations
-from .schema import LoadTimeOptions, LowbitConfig, scheme_from_name
+from .schema import LoadTimeOptions, LowbitConfig, Scheme, scheme_from_name
+from .takeover.checkpoint import check_foreign_checkpoint, parse, read_quantization
+from .takeover.foreign import ForeignFormat
 from .verification import Verification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+    from vllm.model_executor.models.utils import WeightsMapper
 
 
 class LowbitQuantizationConfig(QuantizationConfig):
     """What every layer of the model runs, decided before any of them exists.
 
     Built from the flag (a plain checkpoint, quantized while loading), from the
-    scheme in ``--hf-overrides``, or from a checkpoint's own quantization_config.
+    scheme in ``--hf-overrides``, or from a checkpoint's own quantization_config, which
+    may be another tool's.
     """
 
     def __init__(
         self,
         options: LoadTimeOptions | None = None,
-        stored: LowbitConfig | None = None,
+        stored: LowbitConfig | ForeignFormat | None = None,
     ) -> None:
-        """From a user's options for a plain checkpoint, or a lowbit one's own config.
+        """From a user's options for a plain checkpoint, or a quantized one's config.
 
         Args:
             options: None for the defaults.
-            stored: quantization_config of a lowbit checkpoint, None for a plain one.
+            stored: quantization_config of the checkpoint, None for a plain one.
         """
         super().__init__()
         self.stored = stored
@@ -79,6 +83,13 @@ class LowbitQuantizationConfig(QuantizationConfig):
             )
         return self._resolved
 
+    @property
+    def checkpoint_format(self) -> str:
+        """``plain``, ``lowbit``, or the other tool's format that is taken over."""
+        if isinstance(self.stored, ForeignFormat):
+            return self.stored.name
+        return "plain" if self.stored is None else "lowbit"
+
     @classmethod
     def get_name(cls) -> str:
         return "lowbit"
@@ -97,15 +108,28 @@ class LowbitQuantizationConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """From a checkpoint's quantization_config."""
-        method = config.get("quant_method")
-        if method != "lowbit":
-            raise UnsupportedError(
-                f"the checkpoint is already quantized by {method!r}; lowbit serves "
-                "plain bf16/fp16 checkpoints and its own"
-            )
+        """From a checkpoint's quantization_config, ours or another tool's."""
         source = "config.json: quantization_config"
-        return cls(stored=LowbitConfig.parse(config, source))
+        if config.get("quant_method") == "lowbit":
+            return cls(stored=LowbitConfig.parse(config, source))
+        return cls(stored=parse(config, source))
+
+    @classmethod
+    def override_quantization_method(
+        cls,
+        hf_quant_cfg: dict[str, Any],
+        user_quant: str | None,
+        hf_config: Any = None,
+    ) -> str | None:
+        """Take a quantized checkpoint over, if and only if the user asked for it."""
+        return "lowbit" if user_quant == "lowbit" else None
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> "WeightsMapper":
+        """Leave out tensors whose values are checked beforehand and not needed."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper(orig_to_new_suffix={".g_idx": None, ".weight_shape": None})
 
     @classmethod
     def from_config_dict_json(cls, text: str) -> Self:
@@ -134,9 +158,8 @@ class LowbitQuantizationConfig(QuantizationConfig):
             rotations = flag_only_rotations(shape, self.scheme, source)
             self._resolved = LowbitConfig(scheme=self.scheme, rotations=rotations)
         else:
-            _refuse_options(data, self.stored, model_name)
-            check_rotations(shape, self.stored, source)
-            self._resolved = self.stored
+            _refuse_options(data, self.scheme, model_name)
+            self._resolved = _resolve(self.stored, shape, source)
         # A model of a hub is checked in the worker, once it is on disk.
         if Path(model_name).is_dir():
             self._check_files(model_name, shape)
@@ -145,12 +168,15 @@ class LowbitQuantizationConfig(QuantizationConfig):
         if self.stored is None:
             check_plain_checkpoint(directory, shape)
             return
-        if read_config(directory)[1] != self.stored:
+        if read_quantization(directory)[1] != self.stored:
             raise ConfigError(
                 f"{directory}/config.json: quantization_config is not the one vLLM was "
                 "given; leave it out of --hf-overrides"
             )
-        require_headers(Path(directory), shape, self.stored)
+        if isinstance(self.stored, ForeignFormat):
+            check_foreign_checkpoint(directory, shape, self.stored)
+        else:
+            require_headers(Path(directory), shape, self.stored)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
@@ -159,6 +185,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
         from .attention import KV4CacheMethod
         from .linear_checkpoint import CheckpointLinearMethod
         from .linear_load_time import LoadTimeLinearMethod
+        from .linear_takeover import TakeoverLinearMethod
         from .vocabulary import vocabulary_method
 
         self._check_engine()
@@ -166,6 +193,8 @@ class LowbitQuantizationConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead | VocabParallelEmbedding):
             return vocabulary_method(self.resolved, plain, prefix)
         if isinstance(layer, LinearBase):
+            if isinstance(self.stored, ForeignFormat):
+                return TakeoverLinearMethod(self.resolved, prefix, self.stored)
             if self._verification is None:
                 return LoadTimeLinearMethod(self.resolved, prefix)
             return CheckpointLinearMethod(self.resolved, prefix, self._verification)
@@ -191,11 +220,11 @@ class LowbitQuantizationConfig(QuantizationConfig):
                 model.model,
                 revision=model.revision,
                 cache_dir=load.download_dir,
-                allow_patterns=["*.safetensors", INDEX, "config.json"],
+                allow_patterns=["*.safetensors", INDEX, MANIFEST, "config.json"],
             )
             shape = LlamaShape.from_config(model.hf_config.to_dict(), model.model)
             self._check_files(directory, shape)
-        if self.stored is not None:
+        if isinstance(self.stored, LowbitConfig):
             parallel = vllm_config.parallel_config
             self._verification = Verification(
                 Path(directory), parallel.rank, parallel.world_size
@@ -207,13 +236,21 @@ class LowbitQuantizationConfig(QuantizationConfig):
         self._checked_engine = True
 
 
-def _refuse_options(
-    hf_config: Mapping[str, Any], stored: LowbitConfig, model: str
-) -> None:
+def _resolve(
+    stored: LowbitConfig | ForeignFormat, shape: LlamaShape, source: str
+) -> LowbitConfig:
+    """What a quantized checkpoint runs; refused where it does not fit the model."""
+    if isinstance(stored, ForeignFormat):
+        return stored.resolve(shape, source)
+    check_rotations(shape, stored, source)
+    return stored
+
+
+def _refuse_options(hf_config: Mapping[str, Any], scheme: Scheme, model: str) -> None:
     """vLLM would ignore these: a checkpoint's own config comes first."""
     for key in ("quantization_config_dict_json", "quantization_config_file"):
         if hf_config.get(key) is not None:
             raise ConfigError(
                 f"--hf-overrides: {key} chooses a scheme for a plain checkpoint; "
-                f"{model} is quantized already, by scheme {stored.scheme.name}"
+                f"{model} is quantized already, by scheme {scheme.name}"
             )

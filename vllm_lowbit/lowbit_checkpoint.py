@@ -2,8 +2,9 @@
 """The lowbit checkpoint format: which tensors there are, and reading one weight.
 
 Beside the files of any Hugging Face checkpoint (config.json, tokenizer, safetensors
-shards) a lowbit one has ``lowbit_manifest.json`` and ``recipe.yaml``. Tensors keep the
-names of the model they were made from, except that a quantized matrix ``X.weight`` is
+shards) a lowbit one has ``lowbit_manifest.json``, which says what every tensor and
+every key of config.json was, and ``recipe.yaml``. Tensors keep the names of the model
+they were made from, except that a quantized matrix ``X.weight`` is
 
 * ``X.weight_packed``: int32, codes as in ``kernels/packing.py``;
 * ``X.weight_scale``: float32 ``[n, groups]``;
@@ -120,11 +121,13 @@ class PackedWeight:
 
 def check_scale(name: str, scale: torch.Tensor) -> None:
     """Raise CheckpointError naming the tensor when a scale cannot be one."""
-    good = scale.isfinite() & (scale > 0)
+    # No quantizer makes a subnormal one, and its inverse would be infinite.
+    good = scale.isfinite() & (scale.float() >= torch.finfo(torch.float32).tiny)
     if not bool(good.all()):
         worst = float(scale[~good].flatten()[0])
         raise CheckpointError(
-            f"tensor {name} holds {worst}; scales are positive and finite"
+            f"tensor {name} holds {worst}; scales are positive, finite and not "
+            "subnormal"
         )
 
 

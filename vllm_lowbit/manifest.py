@@ -2,9 +2,11 @@
 """lowbit_manifest.json: what every tensor of a checkpoint must be, and checking it."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,9 +16,11 @@ from .checkpoint import INDEX, TensorSpec, open_shard, read_json
 from .errors import CheckpointError
 from .load_time import is_finite
 from .lowbit_checkpoint import MANIFEST, RECIPE, expected_tensors
-from .schema import LowbitConfig, Manifest, TensorEntry
+from .schema import LowbitConfig, Manifest, TensorEntry, dotted, shorten
 
+CONFIG = "config.json"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1}
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,20 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(data.numpy().data).hexdigest()
 
 
-def write_manifest(directory: Path, entries: Mapping[str, TensorEntry]) -> None:
+def write_manifest(
+    directory: Path, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]
+) -> None:
     """Write lowbit_manifest.json into a checkpoint's directory.
 
     Args:
         directory: of the checkpoint.
         entries: every tensor of it, by name.
+        config: what its config.json holds.
     """
-    manifest = Manifest(tensors=dict(entries))
-    (directory / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    manifest = Manifest(tensors=dict(entries), config=dict(config))
+    # Not pydantic's JSON, in which an infinity of the config would become null.
+    text = json.dumps(manifest.model_dump(), indent=1)
+    (directory / MANIFEST).write_text(text + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -107,7 +116,7 @@ def require_headers(
 def check_headers(
     directory: Path, shape: LlamaShape, config: LowbitConfig, manifest: Manifest
 ) -> tuple[dict[str, StoredTensor], list[Problem]]:
-    """Compare files, manifest and model by names, dtypes and shapes alone.
+    """Compare files, manifest and model by names, dtypes, shapes and config.json.
 
     Args:
         directory: of the checkpoint.
@@ -121,6 +130,8 @@ def check_headers(
     found, problems = _stored_tensors(directory, manifest)
     unread = {problem.file for problem in problems if problem.tensor is None}
     problems += _index_problems(directory, manifest)
+    # First, because tensors that do not fit follow from it.
+    problems = [*_config_problems(directory, manifest), *problems]
     expected = expected_tensors(shape, config)
     for name in {**expected, **manifest.tensors, **found}:
         entry, stored = manifest.tensors.get(name), found.get(name)
@@ -214,6 +225,32 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _config_problems(directory: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Every key of config.json that is not as it was written."""
+    todo: list[tuple[tuple[str, ...], Any, Any]] = [
+        ((), read_json(directory / CONFIG), manifest.config)
+    ]
+    while todo:
+        keys, found, written = todo.pop(0)
+        if isinstance(found, dict) and isinstance(written, dict):
+            todo += [
+                ((*keys, key), found.get(key, _ABSENT), written.get(key, _ABSENT))
+                for key in {**written, **found}
+            ]
+        elif repr(found) != repr(written):  # unlike ==, tells 1 from true
+            yield Problem(
+                CONFIG,
+                None,
+                f"key {dotted(keys)} is {_shown(found)}, {MANIFEST} says "
+                f"{_shown(written)}; to serve with another value, leave the file as it "
+                "was and use --hf-overrides",
+            )
+
+
+def _shown(value: object) -> str:
+    return "missing" if value is _ABSENT else shorten(value)
+
+
 def _index_problems(directory: Path, manifest: Manifest) -> Iterator[Problem]:
     """The index names each tensor's file, where there are several."""
     path = directory / INDEX
@@ -227,8 +264,14 @@ def _index_problems(directory: Path, manifest: Manifest) -> Iterator[Problem]:
     except (CheckpointError, KeyError, TypeError) as error:
         yield Problem(INDEX, None, f"is not a safetensors index: {error!r}")
         return
-    if listed != files:
-        yield Problem(INDEX, None, f"weight_map is not that of {MANIFEST}")
+    if not isinstance(listed, dict):
+        yield Problem(INDEX, None, "is not a safetensors index: no map of tensors")
+        return
+    for name in {**files, **listed}:
+        file = listed.get(name)
+        if file != files.get(name):
+            shown, of = shorten(file), shorten(files.get(name))
+            yield Problem(INDEX, name, f"is in {shown}, {MANIFEST} says {of}")
 
 
 def _differences(
@@ -261,7 +304,7 @@ def _text(value: object) -> str:
 def _recipe_problems(directory: Path, config: LowbitConfig) -> Iterator[Problem]:
     if config.provenance is None:
         message = "quantization_config has no provenance to check recipe.yaml against"
-        yield Problem("config.json", None, message)
+        yield Problem(CONFIG, None, message)
         return
     try:
         digest = hashlib.sha256((directory / RECIPE).read_bytes()).hexdigest()

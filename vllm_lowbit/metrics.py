@@ -13,7 +13,15 @@ from .kernels import dispatch
 from .kernels.kv4_store.layout import bytes_per_token
 from .truth import rotation_summary
 
-INFO_LABELS = ("weights", "activations", "kv", "vocabulary", "rotation", "backend")
+INFO_LABELS = (
+    "weights",
+    "activations",
+    "kv",
+    "vocabulary",
+    "rotation",
+    "backend",
+    "checkpoint",
+)
 
 
 @functools.cache
@@ -56,6 +64,7 @@ class LowbitStatLogger(StatLoggerBase):
             vocabulary=_bits(scheme.vocab_bits),
             rotation=rotation_summary(config.resolved),
             backend=dispatch.select(operator, device).backend,
+            checkpoint=config.checkpoint_format,
         ).set(1)
         _kv_bytes().set(kv_bytes_per_token(vllm_config, config))
 

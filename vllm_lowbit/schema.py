@@ -6,9 +6,16 @@ in at load time, the description of a plain checkpoint served with the flag alon
 """
 
 import re
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import ConfigError
 
@@ -20,6 +27,16 @@ class StrictModel(BaseModel):
 
 
 _T = TypeVar("_T", bound=StrictModel)
+
+
+def _no_boolean(value: object) -> object:
+    """true equals 1, and a Literal asks for no more."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")
+    return value
+
+
+FormatVersion = Annotated[Literal[1], BeforeValidator(_no_boolean)]
 
 
 class Weights(StrictModel):
@@ -127,7 +144,7 @@ class LowbitConfig(StrictModel):
     """``quantization_config`` of a lowbit checkpoint."""
 
     quant_method: Literal["lowbit"] = "lowbit"
-    format_version: Literal[1] = 1
+    format_version: FormatVersion = 1
     scheme: Scheme
     rotations: Rotations
     provenance: Provenance | None = None
@@ -164,8 +181,14 @@ class TensorEntry(StrictModel):
 class Manifest(StrictModel):
     """Every tensor of a checkpoint: the file lowbit_manifest.json beside it."""
 
-    format_version: Literal[1] = 1
+    format_version: FormatVersion = 1
     tensors: dict[str, TensorEntry]
+    config: dict[str, Any]
+    """config.json as it was written, all of it. Most of its keys change what the model
+    computes (a rotation's sign seed, rope_theta, rms_norm_eps, the end token) without
+    changing the shape of any tensor, and no list of those that do not is ever
+    complete. A copy instead of a hash, so that an error can name the key. To serve with
+    another value on purpose, ``--hf-overrides`` changes what was read, not the file."""
 
     @classmethod
     def parse(cls, data: object, source: str) -> Self:

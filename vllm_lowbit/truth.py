@@ -19,8 +19,13 @@ logger = logging.getLogger("vllm.lowbit")
 _logged: set[str] = set()
 
 
-def linear_ready(method: "LowbitLinearMethod") -> None:
-    """Log the class of a quantized linear, once per process."""
+def linear_ready(method: "LowbitLinearMethod", taken_over: str | None = None) -> None:
+    """Log the class of a quantized linear, once per process.
+
+    Args:
+        method: of the linear.
+        taken_over: format of another tool's checkpoint.
+    """
     scheme = method.scheme
     weights = f"int{scheme.weights.bits} " + _kind(scheme.weights.symmetric)
     weights += (
@@ -37,6 +42,7 @@ def linear_ready(method: "LowbitLinearMethod") -> None:
     _log_once(
         f"{method.role}: weights {weights}, activations {activations}, "
         f"{_rotation(method.input_rotation)}, backend {method.backend}"
+        + ("" if taken_over is None else f", taken over from {taken_over}")
     )
 
 

@@ -227,7 +227,7 @@ class TestArguments:
         with pytest.raises(ConfigError) as error:
             evaluate(lowbit, TEXT, 64, 128, backend, scheme="w4a4")
         assert str(error.value) == (
-            f"scheme 'w4a4' cannot be chosen: {lowbit} is a lowbit checkpoint of "
+            f"scheme 'w4a4' cannot be chosen: {lowbit} is quantized already, by "
             "scheme w3a16"
         )
 
@@ -245,7 +245,7 @@ class TestArguments:
         for change, message in (
             ({"max_position_embeddings": "many"}, "must be an integer, got 'many'"),
             ({"vocab_size": 100}, "the model's vocab_size is 100"),
-            ({"quantization_config": {"quant_method": "awq"}}, "quantized by 'awq'"),
+            ({"quantization_config": {"quant_method": "fp8"}}, "quantized by 'fp8'"),
         ):
             (copy / "config.json").write_text(json.dumps({**config, **change}))
             with pytest.raises(ConfigError, match=message):

@@ -105,6 +105,18 @@ def test_companions_are_copied(tmp_path: Path) -> None:
     assert copied == {*names, "LICENSE", "config.json", "lowbit_manifest.json"}
 
 
+def test_other_formats_have_no_manifest(tmp_path: Path) -> None:
+    shape = torch.tensor([3, 4])
+    specs = {"a.weight_shape": TensorSpec(("I64",), (2,))}
+    with CheckpointWriter(tmp_path / "out", specs) as writer:
+        writer.add("a.weight_shape", shape)
+        writer.commit({}, manifest=False)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors"}
+    loaded = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(loaded["a.weight_shape"], shape)
+
+
 def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     _write(tmp_path / "out")

@@ -173,6 +173,7 @@ def test_metrics(server: SimpleNamespace) -> None:
         "kv": "int4",
         "vocabulary": "unquantized",
         "backend": "generic",
+        "checkpoint": "plain",
     }
     per_token = re.search(r"^vllm_lowbit_kv_bytes_per_token (\S+)$", text, re.MULTILINE)
     assert per_token is not None
