@@ -2,6 +2,7 @@
 """Layers of a lowbit checkpoint inside vLLM: loading, shards, the vocabulary."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ def quant(engine: Any) -> Any:
         data = {"scheme": chosen.model_dump(), "rotations": rotations}
         config = LowbitQuantizationConfig(stored=LowbitConfig.parse(data, "test"))
         config._resolved, config._checked_engine = config.stored, True
+        config._verification = SimpleNamespace(finish=lambda: None)
         return config
 
     return build

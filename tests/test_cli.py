@@ -31,6 +31,8 @@ finally:
 INTERRUPTED = """
 import os, signal, sys, time
 from vllm_lowbit import cli, inspection
+# A shell starts background jobs with interrupts ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def inspect(out):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
