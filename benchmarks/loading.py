@@ -129,7 +129,8 @@ def main() -> None:
 def _write(seconds: dict[str, list[float]], size: int) -> None:
     environment = describe()
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
-    added = medians[ARMS[0]] / medians[ARMS[1]] - 1
+    # Whatever else the machine did only adds time.
+    added = min(seconds[ARMS[0]]) / min(seconds[ARMS[1]]) - 1
     result: dict[str, Any] = {"checkpoint_bytes": size, "seconds": seconds}
     result |= {"median": medians, "added_fraction": round(added, 4)}
     RESULTS.mkdir(exist_ok=True)
@@ -141,14 +142,14 @@ def _write(seconds: dict[str, list[float]], size: int) -> None:
         "",
         f"A {SCHEME} checkpoint of 0.55B random parameters, {size / 1e6:.0f} MB, from",
         "the page cache; vLLM's load_model, alternating processes. Verification adds",
-        f"{100 * added:.1f}% to the median.",
+        f"{100 * added:.1f}% to the fastest load.",
         "",
         f"`python -m benchmarks.loading`: {as_line(environment)}",
         "",
-        "| | median s | lowest | highest |",
+        "| | lowest s | median | highest |",
         "|---|---|---|---|",
         *(
-            f"| {arm} | {medians[arm]:.2f} | {min(values):.2f} | {max(values):.2f} |"
+            f"| {arm} | {min(values):.2f} | {medians[arm]:.2f} | {max(values):.2f} |"
             for arm, values in seconds.items()
         ),
     ]
