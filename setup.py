@@ -1,16 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps top-level folders to import names; everything else is in pyproject.toml.
+"""Maps top-level folders to import names and compiles the CPU kernels.
 
-A static list of packages would have to name every operator's folder.
+Everything else is in pyproject.toml.
 """
 
-from setuptools import find_packages, setup
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+# A static list of packages would have to name every operator's folder.
 FOLDERS = {
     "vllm_lowbit": "vllm_lowbit",
     "vllm_lowbit.kernels": "kernels",
     "vllm_lowbit.calibrate": "calibrate",
 }
+
+# No contraction, no reassociation: every operation rounds as it does in torch.
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=off -fno-math-errno "
+    "-fno-trapping-math -fvisibility=hidden"
+).split()
+ISAS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS["avx2"] = "-DLOWBIT_AVX2 -mavx2 -mfma -mf16c".split()
+    ISAS["avx512"] = (
+        "-DLOWBIT_AVX512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni "
+        "-mavx2 -mfma -mf16c -mprefer-vector-width=512"
+    ).split()
+
+
+class BuildKernels(build_ext):
+    """One shared library without Python in it, one object per instruction set."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext):
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        if shutil.which(compiler[0]) is None:
+            raise SystemExit(
+                f"vllm-lowbit compiles its CPU kernels at installation, and the C++ "
+                f"compiler {compiler[0]!r} was not found. Install the package g++ "
+                "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) "
+                "or set CXX."
+            )
+        flags = FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        sources = Path("kernels/cpu")
+        jobs = {
+            name: [f"-DLOWBIT_ISA={name}", *extra, str(sources / "isa.cpp")]
+            for name, extra in ISAS.items()
+        }
+        jobs["entry"] = [str(sources / "entry.cpp")]
+
+        def compile_one(name):
+            output = str(folder / f"{name}.o")
+            command = [*compiler, *flags, *jobs[name], "-c", "-o", output]
+            subprocess.run(command, check=True)
+            return output
+
+        # The slowest first.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, reversed(jobs)))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # OpenMP stays unresolved: torch's runtime provides it in the process.
+        link = shlex.split(os.environ.get("LDFLAGS", ""))
+        subprocess.run(
+            [*compiler, "-shared", *objects, *link, "-o", str(library)], check=True
+        )
+
 
 setup(
     package_dir=FOLDERS,
@@ -19,4 +86,6 @@ setup(
         for name, path in FOLDERS.items()
         for package in (name, *(f"{name}.{sub}" for sub in find_packages(path)))
     ],
+    ext_modules=[Extension("vllm_lowbit.kernels.cpu.native", sources=[])],
+    cmdclass={"build_ext": BuildKernels},
 )

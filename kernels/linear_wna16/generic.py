@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight-only linear with order-free sums.
 
-Activations are rounded to 28-bit fixed point per token (finer than float32 sums of
-the same length) so that the float64 GEMM on integer codes is exact: rows then do
-not depend on the batch, which no float GEMM library promises.
+Activations are rounded to 22-bit fixed point per token (to 2^-23 of the largest, about
+what float32 holds) so that sums over integer codes are exact: rows then do not depend
+on the batch, which no float GEMM library promises. Groups are added in float64, in
+ascending order.
 """
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from ..exact import exact_matmul, fixed_point
 from ..linear_w4a4.reference import check_groups
 
-FRACTION_BITS = 28
+# Three signed bytes hold 22 bits and a carry, so an integer kernel can match.
+FRACTION_BITS = 22
 
 
 def linear_wna16(

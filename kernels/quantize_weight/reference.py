@@ -29,9 +29,7 @@ def quantize_weight(
         ValueError: when group_size does not divide k.
     """
     n, k = weight.shape
-    size = k if group_size is None else group_size
-    if size < 1 or k % size:
-        raise ValueError(f"group_size {group_size} does not divide {k} input columns")
+    size = check_group_size(group_size, k)
     rows = weight.reshape(-1, size)
     codes = torch.empty_like(rows, dtype=torch.int8)
     scale = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
@@ -45,6 +43,20 @@ def quantize_weight(
     return codes.view(n, k), scale.view(shape), zero_point.view(shape)
 
 
+def check_group_size(group_size: int | None, columns: int) -> int:
+    """Elements that share a scale: group_size, or whole rows when it is None.
+
+    Raises:
+        ValueError: when group_size does not divide the columns.
+    """
+    size = columns if group_size is None else group_size
+    if size < 1 or columns % size:
+        raise ValueError(
+            f"group_size {group_size} does not divide {columns} input columns"
+        )
+    return size
+
+
 def best_clip(rows: torch.Tensor, grid: IntGrid) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point with which each row has the smallest squared error.
 
@@ -56,12 +68,13 @@ def best_clip(rows: torch.Tensor, grid: IntGrid) -> tuple[torch.Tensor, torch.Te
         scale float32 and zero_point int32, ``[rows, 1]``.
     """
     rows = rows.float()
-    best_error = torch.full_like(rows[:, :1], torch.inf)
-    best_ratio = torch.ones_like(best_error)
+    best_error = torch.full_like(rows[:, :1], torch.inf, dtype=torch.float64)
+    best_ratio = torch.ones_like(rows[:, :1])
     for ratio in CLIP_RATIOS:
         scale, zero_point = grid.parameters(rows, ratio)
         error = decode(grid.encode(rows, scale, zero_point), scale, zero_point) - rows
-        error = error.square().sum(dim=-1, keepdim=True)
+        # In float64 no order of additions decides which ratio wins.
+        error = error.double().square().sum(dim=-1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_ratio = torch.where(better, ratio, best_ratio)

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions of one instruction set; entry.cpp exports those of the best one.
+// Arguments are those of the operators of the same name, checked in Python.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct LowbitTransform {
+  int64_t order, stride, core;
+  const int8_t* table;
+  int64_t transpose;
+  double norm;
+};
+
+struct LowbitWeight {
+  int64_t n, k, groups, bits;
+  const uint8_t* fields;
+  const float* scale;
+  const int32_t* zero;
+  const int32_t* sum;
+};
+
+struct LowbitFunctions {
+  void (*hadamard)(const LowbitTransform*, const void* x, int type,
+                   const float* input_scale, int64_t m, int64_t n, float* y);
+  void (*hadamard_quantize)(const LowbitTransform*, const void* x, int type,
+                            const float* input_scale, int64_t m, int64_t n, int bits,
+                            int symmetric, int8_t* codes, float* scale,
+                            int32_t* zero_point);
+  void (*pack_weight)(const LowbitWeight*, const int8_t* codes, uint8_t* out);
+  void (*linear_w4a4)(const LowbitWeight*, const float* bias, const int8_t* codes,
+                      const float* scale, const int32_t* zero_point, int64_t m,
+                      int type, void* out);
+  void (*linear_wna16)(const LowbitWeight*, const float* bias, const void* x,
+                       int x_type, int64_t m, int type, void* out);
+  void (*linear_tiled)(const void* x, const void* w, const float* bias, int64_t m,
+                       int64_t n, int64_t k, int type, void* out);
+  void (*quantize_weight)(const float* x, int64_t rows, int64_t n, int bits,
+                          int symmetric, const float* ratios, int64_t count,
+                          int8_t* codes, float* scale, int32_t* zero_point);
+};

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transform and quantization of activations by the compiled kernels."""
+
+from ctypes import byref
+
+import torch
+
+from ..cpu import library
+from ..cpu.library import optional_pointer, pointer, type_code
+from ..grid import IntGrid
+from ..hadamard.cpu import arguments
+from ..hadamard.reference import check_blocks
+
+
+def hadamard_quantize(
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    bits: int,
+    symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference, bit for bit.
+
+    Raises:
+        ValueError: as the reference, or for arguments of another form.
+    """
+    IntGrid(bits, symmetric)
+    if x.dim() != 2:
+        raise ValueError(f"x must be [tokens, n], got {list(x.shape)}")
+    m, n = x.shape
+    check_blocks(n, order, stride)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    codes = torch.empty((m, n), dtype=torch.int8)
+    scale = torch.empty((m, 1), dtype=torch.float32)
+    zero_point = torch.empty((m, 1), dtype=torch.int32)
+    library.functions().hadamard_quantize(
+        byref(arguments(order, stride, False)),
+        pointer(x, "x", x.dtype, (m, n)),
+        type_code(x.dtype, "x"),
+        optional_pointer(input_scale, "input_scale", torch.float32, (n,)),
+        m,
+        n,
+        bits,
+        symmetric,
+        codes.data_ptr(),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+    )
+    return codes, scale, zero_point
