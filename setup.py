@@ -23,17 +23,19 @@ FOLDERS = {
 }
 
 # No contraction, no reassociation: every operation rounds as it does in torch.
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math -fvisibility=hidden"
-).split()
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+]
 ISAS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["avx2"] = "-DLOWBIT_AVX2 -mavx2 -mfma -mf16c".split()
-    ISAS["avx512"] = (
-        "-DLOWBIT_AVX512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni "
-        "-mavx2 -mfma -mf16c -mprefer-vector-width=512"
-    ).split()
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+    AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
+    ISAS["avx2"] = ["-DLOWBIT_AVX2", *AVX2]
+    ISAS["avx512"] = [
+        *("-DLOWBIT_AVX512", *AVX2, *AVX512),
+        "-mprefer-vector-width=512",
+    ]
 
 
 class BuildKernels(build_ext):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .cpu import library
 from .kv4_store.layout import HEAD_DIMS
 from .packing import PACKABLE_BITS
 
@@ -17,7 +18,8 @@ class Row:
 
     Attributes:
         operator: name of the operator, a folder of this package.
-        backend: ``generic`` (plain torch).
+        backend: ``cpu`` (compiled for the instruction sets of CPUs) or ``generic``
+            (plain torch).
         devices: torch device types it runs on.
         refuse: says why it cannot run a case, or None when it can.
     """
@@ -36,6 +38,11 @@ class Row:
 
 def _any(case: Case) -> None:
     return None
+
+
+def _compiled(refuse: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+    """Also refuse where the compiled kernels are missing."""
+    return lambda case: library.missing() or refuse(case)
 
 
 def _weight_bits(case: Case) -> str | None:
@@ -61,11 +68,18 @@ def _head_dim(case: Case) -> str | None:
 
 # In order of preference: the first row that does not refuse is taken.
 TABLE: tuple[Row, ...] = (
+    Row("hadamard", "cpu", ("cpu",), _compiled(_any)),
     Row("hadamard", "generic", ("cpu",), _any),
+    Row("hadamard_quantize", "cpu", ("cpu",), _compiled(_integer_bits)),
     Row("hadamard_quantize", "generic", ("cpu",), _integer_bits),
+    Row("linear_w4a4", "cpu", ("cpu",), _compiled(_integer_bits)),
     Row("linear_w4a4", "generic", ("cpu",), _integer_bits),
+    Row("linear_wna16", "cpu", ("cpu",), _compiled(_weight_bits)),
     Row("linear_wna16", "generic", ("cpu",), _weight_bits),
+    Row("linear_tiled", "cpu", ("cpu",), _compiled(_any)),
     Row("linear_tiled", "generic", ("cpu",), _any),
+    Row("quantize_weight", "cpu", ("cpu",), _compiled(_any)),
+    Row("quantize_weight", "generic", ("cpu",), _any),
     Row("kv4_store", "generic", ("cpu",), _head_dim),
     Row("kv4_attention", "generic", ("cpu",), _head_dim),
 )

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from .hadamard_quantize.reference import hadamard_quantize, transform
-from .kv4_attention.generic import kv4_attention
-from .kv4_store.generic import kv4_store
+from .implementations import implementation
+from .linear_packed.cpu import linear_packed
 from .linear_w4a4.generic import linear_w4a4
 from .linear_wna16.generic import linear_wna16
 
@@ -37,13 +36,13 @@ def _linear_out(
 _register(
     "hadamard(Tensor x, Tensor? input_scale, int order, int stride,"
     " bool transpose=False) -> Tensor",
-    transform,
+    implementation("hadamard"),
     lambda x, *arguments: x.new_empty(x.shape, dtype=torch.float32),
 )
 _register(
     "hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
     " int bits, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero_point)",
-    hadamard_quantize,
+    implementation("hadamard_quantize"),
     lambda x, *arguments: (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty((x.shape[0], 1), dtype=torch.float32),
@@ -68,15 +67,23 @@ _register(
     ),
 )
 _register(
+    "linear_packed(Tensor x, Tensor? input_scale, int order, int stride,"
+    " int activation_bits, bool symmetric, Tensor weight, Tensor weight_scale,"
+    " Tensor? weight_zero, Tensor weight_sum, Tensor? bias, int n, int weight_bits,"
+    " ScalarType out_dtype) -> Tensor",
+    linear_packed,
+    lambda x, *arguments: x.new_empty((x.shape[0], arguments[-3]), dtype=arguments[-1]),
+)
+_register(
     "kv4_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping,"
     " bool rotate_key) -> ()",
-    kv4_store,
+    implementation("kv4_store"),
     lambda key, value, kv_cache, slot_mapping, rotate_key: None,
 )
 _register(
     "kv4_attention(Tensor query, Tensor kv_cache, Tensor block_table,"
     " Tensor query_start_loc, Tensor seq_lens, float softmax_scale,"
     " int? sliding_window, float? logits_soft_cap, bool rotate_query) -> Tensor",
-    kv4_attention,
+    implementation("kv4_attention"),
     lambda query, *arguments: torch.empty_like(query),
 )

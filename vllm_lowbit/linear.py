@@ -8,8 +8,8 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from .errors import UnsupportedError
 from .kernels import dispatch
-from .kernels import ops as _ops  # noqa: F401 (registers torch.ops.lowbit)
 from .kernels.grid import IntGrid
+from .linear_kernels import KERNELS, LinearSpec
 from .load_time import FUSED, check_finite, rotations_of
 from .schema import LowbitConfig, Rotation
 
@@ -17,9 +17,8 @@ from .schema import LowbitConfig, Rotation
 class LowbitLinearMethod(LinearMethodBase):
     """One linear, fused or not; subclasses create and load its weights.
 
-    Attributes on the layer once it is loaded: ``weight`` int8 codes ``[n, k]`` less
-    their zero points (see ``kernels.linear_w4a4.generic.prepare``), ``weight_scale``
-    float32 ``[n, groups]``, ``input_scale`` float32 ``[k]`` or None.
+    On the layer once it is loaded: the weight in the form of the backend (see
+    ``linear_kernels``), and ``input_scale`` float32 ``[k]`` or None.
     """
 
     def __init__(self, config: LowbitConfig, prefix: str) -> None:
@@ -60,6 +59,17 @@ class LowbitLinearMethod(LinearMethodBase):
         self._check_shard(inputs)
         self.backend = self._select_backend()
         self.output_sizes = output_sizes
+        rotation = self.input_rotation
+        self.kernel = KERNELS[self.backend](
+            LinearSpec(
+                sum(output_sizes),
+                inputs,
+                self.grid,
+                self.activation_grid,
+                1 if rotation is None else rotation.order,
+                1 if rotation is None else rotation.stride,
+            )
+        )
 
     def _check_shard(self, size: int) -> None:
         rotation = self.input_rotation
@@ -100,30 +110,6 @@ class LowbitLinearMethod(LinearMethodBase):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``x [..., k]`` to ``[..., n]`` in the dtype of x."""
-        rotation = self.input_rotation
-        order = 1 if rotation is None else rotation.order
-        stride = 1 if rotation is None else rotation.stride
         rows = x.reshape(-1, x.shape[-1])
-        weight_max = self.grid.max_difference
-        if self.activation_grid is None:
-            rotated = torch.ops.lowbit.hadamard(rows, layer.input_scale, order, stride)
-            out = torch.ops.lowbit.linear_wna16(
-                rotated, layer.weight, layer.weight_scale, bias, weight_max, x.dtype
-            )
-        else:
-            grid = self.activation_grid
-            codes, scale, zero_point = torch.ops.lowbit.hadamard_quantize(
-                rows, layer.input_scale, order, stride, grid.bits, grid.symmetric
-            )
-            out = torch.ops.lowbit.linear_w4a4(
-                codes,
-                scale,
-                zero_point,
-                layer.weight,
-                layer.weight_scale,
-                bias,
-                grid.max_difference,
-                weight_max,
-                x.dtype,
-            )
+        out = self.kernel.multiply(layer, rows, layer.input_scale, bias, x.dtype)
         return out.view(*x.shape[:-1], -1)

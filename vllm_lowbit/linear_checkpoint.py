@@ -7,11 +7,10 @@ import torch
 
 from . import truth
 from .errors import UnsupportedError
-from .kernels.linear_w4a4.generic import prepare
 from .kernels.packing import codes_per_block
 from .linear import LowbitLinearMethod
 from .lowbit_checkpoint import PackedWeight
-from .parameters import create_packed, set_codes, take_packed
+from .parameters import create_packed, take_packed
 from .schema import LowbitConfig
 from .verification import Verification
 
@@ -75,7 +74,7 @@ class CheckpointLinearMethod(LowbitLinearMethod):
             self._check_finite(layer.bias.data, "bias")
         stored = take_packed(layer)
         codes = self._codes(stored)
-        set_codes(layer, prepare(codes, stored.zero_point), stored.scale)
+        self.kernel.keep(layer, codes, stored.scale, stored.zero_point)
         layer.input_scale = None
         truth.linear_ready(self)
 

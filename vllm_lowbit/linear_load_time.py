@@ -7,10 +7,9 @@ import torch
 from torch.nn import Parameter
 
 from . import truth
-from .kernels.linear_w4a4.generic import prepare
 from .linear import LowbitLinearMethod
 from .load_time import fold_bias, quantize_linear
-from .parameters import check_loaded, create_float, set_codes
+from .parameters import check_loaded, create_float
 
 
 class LoadTimeLinearMethod(LowbitLinearMethod):
@@ -63,7 +62,7 @@ class LoadTimeLinearMethod(LowbitLinearMethod):
         done = quantize_linear(
             weight, self.output_sizes, self.parts, self.scheme.weights
         )
-        set_codes(layer, prepare(done.codes, done.zero_point), done.scale)
+        self.kernel.keep(layer, done.codes, done.scale, done.zero_point)
         layer.input_scale = (
             None
             if done.input_scale is None

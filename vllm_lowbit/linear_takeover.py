@@ -8,10 +8,8 @@ from torch.nn import Parameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from . import truth
-from .kernels.linear_w4a4.generic import prepare
 from .linear import LowbitLinearMethod
 from .load_time import QuantizedWeight
-from .parameters import set_codes
 from .schema import LowbitConfig
 from .takeover.foreign import ForeignFormat, Layout
 
@@ -73,7 +71,7 @@ class TakeoverLinearMethod(LowbitLinearMethod):
         found = [part.zero_point for part in parts if part.zero_point is not None]
         zero_point = torch.cat(found) if found else None
         scale = torch.cat([part.scale for part in parts])
-        set_codes(layer, prepare(codes, zero_point), scale)
+        self.kernel.keep(layer, codes, scale, zero_point)
         layer.input_scale = None
         truth.linear_ready(self, self.foreign.name)
 

@@ -11,9 +11,11 @@ import torch
 
 from .errors import CheckpointError
 from .kernels.grid import IntGrid
-from .kernels.hadamard.generic import hadamard
-from .kernels.quantize_weight.reference import quantize_weight
+from .kernels.implementations import implementation
 from .schema import Rotation, Rotations, Weights
+
+_transform = implementation("hadamard")
+_quantize_weight = implementation("quantize_weight")
 
 # Linears as vLLM fuses them, and the parts whose output rows they stack.
 FUSED = {
@@ -100,7 +102,7 @@ def equalizing_scale(
     energy = weight.new_zeros(weight.shape[1], dtype=torch.float64)
     for rows in weight.split(_rows_at_a_time(weight.shape[1])):
         if folded_input is not None:
-            rows = hadamard(rows, folded_input.order, folded_input.stride)
+            rows = _transform(rows, None, folded_input.order, folded_input.stride)
         energy += rows.double().square().sum(dim=0)
     live = energy > 0
     exponent = torch.log2(energy.where(live, 1.0)) / 2
@@ -121,15 +123,15 @@ def fold(
     folded = weight.float()
     if around.folded_input is not None:
         rotation = around.folded_input
-        folded = hadamard(folded, rotation.order, rotation.stride)
+        folded = _transform(folded, None, rotation.order, rotation.stride)
     if input_scale is not None:
         folded = folded / input_scale
     if around.online_input is not None:
         rotation = around.online_input
-        folded = hadamard(folded, rotation.order, rotation.stride)
+        folded = _transform(folded, None, rotation.order, rotation.stride)
     if around.output is not None:
         rotation = around.output
-        folded = hadamard(folded.t(), rotation.order, rotation.stride).t()
+        folded = _transform(folded.t(), None, rotation.order, rotation.stride).t()
     return folded
 
 
@@ -144,7 +146,9 @@ def fold_bias(
     for part, around in zip(bias.split(list(sizes)), parts, strict=True):
         rotation = around.output
         if rotation is not None:
-            part = hadamard(part, rotation.order, rotation.stride).to(bias.dtype)
+            part = _transform(part, None, rotation.order, rotation.stride).to(
+                bias.dtype
+            )
         folded.append(part)
     return torch.cat(folded)
 
@@ -183,7 +187,7 @@ def quantize_linear(
         start, end = end, end + size
         for first in range(start, end, step):
             rows = slice(first, min(first + step, end))
-            codes[rows], scale[rows], zero_point[rows] = quantize_weight(
+            codes[rows], scale[rows], zero_point[rows] = _quantize_weight(
                 fold(weight[rows], around, input_scale), grid, weights.group_size
             )
     return QuantizedWeight(

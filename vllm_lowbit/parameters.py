@@ -94,9 +94,3 @@ def take_packed(layer: Any) -> PackedWeight:
         if hasattr(layer, name):
             delattr(layer, name)
     return PackedWeight(packed, scale, None if zero_point is None else zero_point.data)
-
-
-def set_codes(layer: Any, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """Put the codes a layer computes with, and their scales, in its weight's place."""
-    layer.weight = Parameter(codes, requires_grad=False)
-    layer.weight_scale = Parameter(scale, requires_grad=False)

@@ -18,15 +18,14 @@ from .kernels import dispatch
 from .kernels import ops as _ops  # noqa: F401 (registers torch.ops.lowbit)
 from .kernels.grid import IntGrid
 from .kernels.hadamard.signs import random_signs
-from .kernels.linear_tiled.generic import linear_tiled
-from .kernels.quantize_weight.reference import quantize_weight
+from .kernels.implementations import IMPLEMENTATIONS, implementation
+from .linear_kernels import KERNELS, LinearSpec
 from .load_time import check_finite
 from .lowbit_checkpoint import HEAD_SCALE, VOCABULARY, residual_is_online
 from .parameters import (
     check_loaded,
     create_float,
     create_packed,
-    set_codes,
     take_packed,
 )
 from .schema import LowbitConfig
@@ -34,6 +33,7 @@ from .schema import LowbitConfig
 # vLLM gives the embedding of a Llama no name.
 _EMBEDDING = "model.embed_tokens"
 _GRID = IntGrid(VOCABULARY.bits, VOCABULARY.symmetric)
+_quantize_weight = implementation("quantize_weight")
 
 
 def vocabulary_method(
@@ -81,6 +81,7 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
     def __init__(self, config: LowbitConfig, name: str) -> None:
         self.config, self.name = config, name
         self.backend = _select_backend(config, name)
+        self.linear = IMPLEMENTATIONS["linear_tiled", self.backend]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raise CheckpointError for a non-finite weight."""
@@ -104,21 +105,22 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
         self, layer: Any, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Logits of float x, rounded to the activation dtype first."""
-        return linear_tiled(x.to(dtype), layer.weight, bias)
+        return self.linear(x.to(dtype), layer.weight, bias)
 
 
 class Int8VocabularyMethod(QuantizeMethodBase):
     """8-bit codes with one scale per row; subclasses create and load them.
 
-    Attributes on the layer once it is loaded: ``weight`` int8 ``[rows, hidden]``,
-    ``weight_scale`` float32 ``[rows, 1]``. Rows that pad the vocabulary are 0. A tied
-    head has neither and reads the embedding's.
+    On the layer once it is loaded: the matrix in the form of the backend (see
+    ``linear_kernels``). Rows that pad the vocabulary are 0. A tied head has none and
+    reads the embedding's.
     """
 
     def __init__(self, config: LowbitConfig, name: str) -> None:
         self.config, self.name = config, name
         self.backend = _select_backend(config, name)
         self.tied_to: Any = None
+        self.loaded = False
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Rows ``[tokens, hidden]`` of token ids, in the activation dtype."""
@@ -143,16 +145,23 @@ class Int8VocabularyMethod(QuantizeMethodBase):
 
     def look_up(self, layer: Any, token_ids: torch.Tensor) -> torch.Tensor:
         """float32 rows ``[tokens, hidden]``."""
-        return layer.weight[token_ids].float() * layer.weight_scale[token_ids]
+        return self.kernel.rows(layer, token_ids)
 
     def logits(
         self, layer: Any, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Logits of float x in the activation dtype; x itself is not rounded."""
         source = layer if self.tied_to is None else self.tied_to
-        return torch.ops.lowbit.linear_wna16(
-            x, source.weight, source.weight_scale, bias, _GRID.max_difference, dtype
-        )
+        return self.kernel.multiply(source, x, None, bias, dtype)
+
+    def _prepare(self, rows: int, hidden_size: int) -> None:
+        """Choose the kernel for a matrix ``[rows, hidden_size]`` of this shard."""
+        self.kernel = KERNELS[self.backend](LinearSpec(rows, hidden_size, _GRID))
+
+    def _keep(self, layer: Any, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        self.kernel.keep(layer, codes, scale, None)
+        self.loaded = True
+        truth.vocabulary_ready(self.config, self.backend)
 
 
 class LoadTimeVocabularyMethod(Int8VocabularyMethod):
@@ -172,6 +181,7 @@ class LoadTimeVocabularyMethod(Int8VocabularyMethod):
     ) -> None:
         """Declare the float matrix."""
         rows = sum(output_partition_sizes)
+        self._prepare(rows, input_size_per_partition)
         create_float(
             layer, rows, input_size_per_partition, params_dtype, extra_weight_attrs
         )
@@ -182,15 +192,14 @@ class LoadTimeVocabularyMethod(Int8VocabularyMethod):
         Raises:
             CheckpointError: when part of it was never loaded, or it is not finite.
         """
-        if self.tied_to is not None or layer.weight.dtype == torch.int8:
+        if self.tied_to is not None or self.loaded:
             return
         weight = layer.weight.data
         loaded = layer.shard_indices.num_org_elements * weight.shape[1]
         check_loaded(layer, f"layer {self.name}", loaded)
         check_finite(weight, f"{self.name}.weight")
-        codes, scale, _ = quantize_weight(weight, _GRID, None)
-        set_codes(layer, codes, scale)
-        truth.vocabulary_ready(self.config, self.backend)
+        codes, scale, _ = _quantize_weight(weight, _GRID, None)
+        self._keep(layer, codes, scale)
 
 
 class CheckpointVocabularyMethod(Int8VocabularyMethod):
@@ -209,6 +218,7 @@ class CheckpointVocabularyMethod(Int8VocabularyMethod):
         """Declare the packed tensors."""
         self.hidden_size = input_size_per_partition
         rows = sum(output_partition_sizes)
+        self._prepare(rows, self.hidden_size)
         create_packed(layer, rows, self.hidden_size, VOCABULARY, extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -226,8 +236,7 @@ class CheckpointVocabularyMethod(Int8VocabularyMethod):
             len(stored.packed), self.hidden_size, dtype=torch.int8
         )
         codes[real] = stored.rows(real).codes(self.name, self.hidden_size, VOCABULARY)
-        set_codes(layer, codes, stored.scale)
-        truth.vocabulary_ready(self.config, self.backend)
+        self._keep(layer, codes, stored.scale)
 
 
 class RotatedVocabularyMethod(QuantizeMethodBase):

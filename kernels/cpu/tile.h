@@ -1,45 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 // Integer products of signed bytes with packed unsigned fields.
 //
-// Weights lie in blocks of 16 channels; along k each block is a row of chunks, and a
-// chunk of COLUMNS<BITS> columns takes 8 * BITS * COLUMNS / 4 ... bytes: see Chunk.
-// Byte 4 l + i of a Bytes is column 4 s + i of channel l. Activations are packed
-// alike: [columns / 4][rows][4].
+// Weights lie in blocks of 16 channels; along k a block is a run of chunks (see Chunk).
+// Byte 4 l + i of step s is column 4 s + i of channel l. Activations are packed alike:
+// [columns / 4][rows][4].
 #pragma once
 
 #include "vector.h"
 
 namespace LOWBIT_ISA {
 
-// How a chunk of packed fields of BITS turns into STEPS Bytes of 4 columns each.
+// A chunk holds STEPS Bytes of 4 columns each in BYTES bytes; field<S> unpacks one.
 template <int BITS>
 struct Chunk;
 
 template <>
 struct Chunk<8> {
   static constexpr int STEPS = 1, BYTES = 64;
-  static LOWBIT_INLINE void unpack(const uint8_t* p, Bytes* out) { out[0] = load_bytes(p); }
+  template <int S>
+  static LOWBIT_INLINE Bytes field(const uint8_t* p) {
+    return load_bytes(p);
+  }
 };
 
 template <>
 struct Chunk<4> {
   static constexpr int STEPS = 2, BYTES = 64;
-  static LOWBIT_INLINE void unpack(const uint8_t* p, Bytes* out) {
-    const Bytes x = load_bytes(p);
-    out[0] = mask_bytes<15>(x);
-    out[1] = mask_bytes<15>(shift_right<4>(x));
+  template <int S>
+  static LOWBIT_INLINE Bytes field(const uint8_t* p) {
+    return mask_bytes<15>(shift_right<4 * S>(load_bytes(p)));
   }
 };
 
 template <>
 struct Chunk<2> {
   static constexpr int STEPS = 4, BYTES = 64;
-  static LOWBIT_INLINE void unpack(const uint8_t* p, Bytes* out) {
-    const Bytes x = load_bytes(p);
-    out[0] = mask_bytes<3>(x);
-    out[1] = mask_bytes<3>(shift_right<2>(x));
-    out[2] = mask_bytes<3>(shift_right<4>(x));
-    out[3] = mask_bytes<3>(shift_right<6>(x));
+  template <int S>
+  static LOWBIT_INLINE Bytes field(const uint8_t* p) {
+    return mask_bytes<3>(shift_right<2 * S>(load_bytes(p)));
   }
 };
 
@@ -47,14 +45,10 @@ struct Chunk<2> {
 template <>
 struct Chunk<6> {
   static constexpr int STEPS = 4, BYTES = 192;
-  static LOWBIT_INLINE void unpack(const uint8_t* p, Bytes* out) {
-    Chunk<4>::unpack(p, out);
-    Chunk<4>::unpack(p + 64, out + 2);
-    const Bytes x = load_bytes(p + 128);
-    out[0] = or_bytes(out[0], mask_bytes<48>(shift_left<4>(x)));
-    out[1] = or_bytes(out[1], mask_bytes<48>(shift_left<2>(x)));
-    out[2] = or_bytes(out[2], mask_bytes<48>(x));
-    out[3] = or_bytes(out[3], mask_bytes<48>(shift_right<2>(x)));
+  template <int S>
+  static LOWBIT_INLINE Bytes field(const uint8_t* p) {
+    const Bytes low = Chunk<4>::field<S % 2>(p + 64 * (S / 2));
+    return or_bytes(low, mask_bytes<48>(shift<4 - 2 * S>(load_bytes(p + 128))));
   }
 };
 
@@ -62,20 +56,38 @@ struct Chunk<6> {
 template <>
 struct Chunk<3> {
   static constexpr int STEPS = 8, BYTES = 192;
-  static LOWBIT_INLINE void unpack(const uint8_t* p, Bytes* out) {
-    Chunk<2>::unpack(p, out);
-    Chunk<2>::unpack(p + 64, out + 4);
-    const Bytes x = load_bytes(p + 128);
-    out[0] = or_bytes(out[0], mask_bytes<4>(shift_left<2>(x)));
-    out[1] = or_bytes(out[1], mask_bytes<4>(shift_left<1>(x)));
-    out[2] = or_bytes(out[2], mask_bytes<4>(x));
-    out[3] = or_bytes(out[3], mask_bytes<4>(shift_right<1>(x)));
-    out[4] = or_bytes(out[4], mask_bytes<4>(shift_right<2>(x)));
-    out[5] = or_bytes(out[5], mask_bytes<4>(shift_right<3>(x)));
-    out[6] = or_bytes(out[6], mask_bytes<4>(shift_right<4>(x)));
-    out[7] = or_bytes(out[7], mask_bytes<4>(shift_right<5>(x)));
+  template <int S>
+  static LOWBIT_INLINE Bytes field(const uint8_t* p) {
+    const Bytes low = Chunk<2>::field<S % 4>(p + 64 * (S / 4));
+    return or_bytes(low, mask_bytes<4>(shift<2 - S>(load_bytes(p + 128))));
   }
 };
+
+// Adds the products of a chunk, step by step: a step's fields of all blocks are live
+// together, the activations one at a time.
+template <int BITS, int ROWS, int BLOCKS, int S = 0>
+LOWBIT_INLINE void tile_steps(const int8_t* a, const uint8_t* p, size_t stride,
+                              Sums (&sums)[ROWS][BLOCKS]) {
+  Bytes fields[BLOCKS];
+#pragma GCC unroll 8
+  for (int b = 0; b < BLOCKS; ++b) {
+    fields[b] = Chunk<BITS>::template field<S>(p + b * stride);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    const int32_t four = load_int32(a + 4 * (S * ROWS + r));
+#pragma GCC unroll 8
+    for (int b = 0; b < BLOCKS; ++b) {
+      sums[r][b] = dot<BITS>(sums[r][b], fields[b], four);
+    }
+  }
+  if constexpr (S + 1 < Chunk<BITS>::STEPS) {
+    tile_steps<BITS, ROWS, BLOCKS, S + 1>(a, p, stride, sums);
+  }
+}
+
+// How far ahead weights are fetched; the hardware does not look beyond a page.
+constexpr size_t PREFETCH_BYTES = 1024;
 
 // One register tile: out[r][16 b + l] = sum over columns of a[r] times channel l of
 // block b, modulo 2^32.
@@ -87,34 +99,37 @@ template <int BITS, int ROWS, int BLOCKS>
 LOWBIT_INLINE void tile(const int8_t* a, const uint8_t* w, size_t stride,
                         size_t chunks, int32_t* out) {
   using C = Chunk<BITS>;
+  // Unrolled everywhere: an index known only at run time would keep sums in memory.
   Sums sums[ROWS][BLOCKS];
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
     for (int b = 0; b < BLOCKS; ++b) sums[r][b] = zero_sums();
   }
   for (size_t c = 0; c < chunks; ++c) {
+    const uint8_t* p = w + c * C::BYTES;
 #pragma GCC unroll 8
     for (int b = 0; b < BLOCKS; ++b) {
-      const uint8_t* p = w + b * stride + c * C::BYTES;
-      // One page ahead: the hardware prefetcher stops at its end.
-      __builtin_prefetch(p + 1024);
-      Bytes fields[C::STEPS];
-      C::unpack(p, fields);
-#pragma GCC unroll 8
-      for (int s = 0; s < C::STEPS; ++s) {
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-          sums[r][b] =
-              dot<BITS>(sums[r][b], fields[s], load_int32(a + 4 * (s * ROWS + r)));
-        }
+      for (int line = 0; line < C::BYTES; line += 64) {
+        __builtin_prefetch(p + b * stride + line + PREFETCH_BYTES);
       }
     }
+    tile_steps<BITS, ROWS, BLOCKS>(a, p, stride, sums);
     a += 4 * C::STEPS * ROWS;
   }
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
     for (int b = 0; b < BLOCKS; ++b) {
       store_sums(out + 16 * (TILE_BLOCKS * r + b), sums[r][b]);
     }
   }
+}
+
+template <int BITS, int S = 0>
+LOWBIT_INLINE void unpack_chunk(const uint8_t* p, uint8_t* out) {
+  store_bytes(out + 64 * S, Chunk<BITS>::template field<S>(p));
+  if constexpr (S + 1 < Chunk<BITS>::STEPS) unpack_chunk<BITS, S + 1>(p, out);
 }
 
 // Unpack a block's chunks to one byte a field, the layout of Chunk<8>.
@@ -122,10 +137,7 @@ template <int BITS>
 LOWBIT_INLINE void unpack_block(const uint8_t* w, size_t chunks, uint8_t* out) {
   using C = Chunk<BITS>;
   for (size_t c = 0; c < chunks; ++c) {
-    Bytes fields[C::STEPS];
-    C::unpack(w + c * C::BYTES, fields);
-    for (int s = 0; s < C::STEPS; ++s) store_bytes(out + 64 * s, fields[s]);
-    out += 64 * C::STEPS;
+    unpack_chunk<BITS>(w + c * C::BYTES, out + 64 * C::STEPS * c);
   }
 }
 

@@ -263,4 +263,14 @@ LOWBIT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 
 #endif
 
+// Left by COUNT, or right when it is negative.
+template <int COUNT>
+LOWBIT_INLINE Bytes shift(Bytes x) {
+  if constexpr (COUNT >= 0) {
+    return shift_left<COUNT>(x);
+  } else {
+    return shift_right<-COUNT>(x);
+  }
+}
+
 }  // namespace LOWBIT_ISA

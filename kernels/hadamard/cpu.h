@@ -3,6 +3,8 @@
 // double, so any order of additions gives the same float32.
 #pragma once
 
+#include <utility>
+
 #include "../cpu/number.h"
 
 namespace LOWBIT_ISA {
@@ -10,7 +12,6 @@ namespace LOWBIT_ISA {
 constexpr int FRACTION_BITS = 30;
 constexpr int LANES = VECTOR_BYTES / 8;
 typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
-typedef int64_t Lanes __attribute__((vector_size(VECTOR_BYTES)));
 
 // H = core (x) Sylvester(power), order = core * power.
 struct Transform {
@@ -22,21 +23,22 @@ struct Transform {
   double norm;  // order^-1/2
 };
 
+// One stage of butterflies between lanes H apart.
+template <int H, size_t... L>
+LOWBIT_INLINE Doubles butterfly(Doubles x, std::index_sequence<L...>) {
+  const Doubles sign = {(L & H ? -1.0 : 1.0)...};
+  return x * sign + __builtin_shufflevector(x, x, (L ^ H)...);
+}
+
 // Stages of distance 1, 2, ... below LANES, inside each vector.
 LOWBIT_INLINE void butterflies_in_lanes(double* a, size_t n) {
+  constexpr auto lanes = std::make_index_sequence<LANES>();
   for (size_t i = 0; i < n; i += LANES) {
     Doubles x;
     memcpy(&x, a + i, sizeof x);
-#pragma GCC unroll 3
-    for (int h = 1; h < LANES; h *= 2) {
-      Lanes partner;
-      Doubles sign;
-      for (int l = 0; l < LANES; ++l) {
-        partner[l] = l ^ h;
-        sign[l] = l & h ? -1.0 : 1.0;
-      }
-      x = x * sign + __builtin_shuffle(x, partner);
-    }
+    x = butterfly<1>(x, lanes);
+    if constexpr (LANES > 2) x = butterfly<2>(x, lanes);
+    if constexpr (LANES > 4) x = butterfly<4>(x, lanes);
     memcpy(a + i, &x, sizeof x);
   }
 }
@@ -80,63 +82,72 @@ LOWBIT_INLINE size_t transform_scratch(const Transform& t) {
   return (2 * t.order + 2) * t.stride;
 }
 
+LOWBIT_INLINE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// The factors to fixed point and back of a block with this largest magnitude; the
+// second is NaN, and so the whole result, when that is an Inf or NaN.
+LOWBIT_INLINE void fixed_point_factors(const Transform& t, uint32_t peak,
+                                       double* inverse, double* factor) {
+  const bool finite = peak < 0x7f800000;
+  const int exponent = (finite ? exponent_of(float_of(peak)) : 0) - FRACTION_BITS;
+  *inverse = finite ? power_of_two(-exponent) : 0.0;
+  *factor = finite ? power_of_two(exponent) * t.norm : double(NOT_A_NUMBER);
+}
+
+// Butterflies and core of one block in work; the sums are in what is returned.
+LOWBIT_INLINE double* transform_block(const Transform& t, double* work, double* other) {
+  const size_t power = t.order / t.core, run = power * t.stride;
+  for (size_t k = 0; k < t.core; ++k) sylvester(work + k * run, power, t.stride);
+  if (t.core == 1) return work;
+  multiply_core(t, work, run, other);
+  return other;
+}
+
+LOWBIT_INLINE void transform_dense_block(const Transform& t, const float* x,
+                                         double* work, float* y) {
+  uint32_t peak = 0;
+  for (size_t i = 0; i < t.order; ++i) peak = larger(bits_of(x[i]) & 0x7fffffff, peak);
+  double inverse, factor;
+  fixed_point_factors(t, peak, &inverse, &factor);
+  for (size_t i = 0; i < t.order; ++i) work[i] = round_even(double(x[i]) * inverse);
+  const double* sums = transform_block(t, work, work + t.order);
+  for (size_t i = 0; i < t.order; ++i) y[i] = float(sums[i] * factor);
+}
+
+LOWBIT_INLINE void transform_strided_block(const Transform& t, const float* x,
+                                           double* work, float* y) {
+  const size_t stride = t.stride;
+  double* inverse = work + 2 * t.order * stride;
+  double* factor = inverse + stride;
+  for (size_t s = 0; s < stride; ++s) {
+    uint32_t peak = 0;
+    for (size_t i = 0; i < t.order; ++i) {
+      peak = larger(bits_of(x[i * stride + s]) & 0x7fffffff, peak);
+    }
+    fixed_point_factors(t, peak, inverse + s, factor + s);
+  }
+  for (size_t i = 0; i < t.order; ++i) {
+    for (size_t s = 0; s < stride; ++s) {
+      work[i * stride + s] = round_even(double(x[i * stride + s]) * inverse[s]);
+    }
+  }
+  const double* sums = transform_block(t, work, work + t.order * stride);
+  for (size_t i = 0; i < t.order; ++i) {
+    for (size_t s = 0; s < stride; ++s) {
+      y[i * stride + s] = float(sums[i * stride + s] * factor[s]);
+    }
+  }
+}
+
 // One row of n floats, y may be x. work has transform_scratch doubles.
 LOWBIT_INLINE void transform_row(const Transform& t, const float* x, size_t n,
                                  double* work, float* y) {
-  const size_t block = t.order * t.stride, power = t.order / t.core;
-  double* other = work + block;
-  double* inverse = other + block;
-  double* factor = inverse + t.stride;
+  const size_t block = t.order * t.stride;
   for (size_t start = 0; start < n; start += block) {
-    const float* from = x + start;
-    bool finite = true;
-    for (size_t s = 0; s < t.stride; ++s) {
-      uint32_t peak = 0;
-      for (size_t i = 0; i < t.order; ++i) {
-        const uint32_t size = bits_of(from[i * t.stride + s]) & 0x7fffffff;
-        peak = size > peak ? size : peak;
-      }
-      const bool usable = peak < 0x7f800000;
-      const int exponent =
-          (usable ? exponent_of(float_of(peak)) : 0) - FRACTION_BITS;
-      inverse[s] = power_of_two(-exponent);
-      factor[s] = usable ? power_of_two(exponent) * t.norm : NOT_A_NUMBER;
-      finite &= usable;
-    }
     if (t.stride == 1) {
-      const double scale = inverse[0];
-      for (size_t i = 0; i < block; ++i) work[i] = round_even(from[i] * scale);
+      transform_dense_block(t, x + start, work, y + start);
     } else {
-      for (size_t i = 0; i < t.order; ++i) {
-        for (size_t s = 0; s < t.stride; ++s) {
-          work[i * t.stride + s] = round_even(from[i * t.stride + s] * inverse[s]);
-        }
-      }
-    }
-    const size_t run = power * t.stride;
-    for (size_t k = 0; k < t.core; ++k) sylvester(work + k * run, power, t.stride);
-    double* sums = work;
-    if (t.core > 1) {
-      multiply_core(t, work, run, other);
-      sums = other;
-    }
-    float* to = y + start;
-    if (t.stride == 1) {
-      const double scale = factor[0];
-      for (size_t i = 0; i < block; ++i) to[i] = float(sums[i] * scale);
-    } else {
-      for (size_t i = 0; i < t.order; ++i) {
-        for (size_t s = 0; s < t.stride; ++s) {
-          to[i * t.stride + s] = float(sums[i * t.stride + s] * factor[s]);
-        }
-      }
-    }
-    if (!finite) {
-      // Rounding an Inf or NaN may have left a number behind.
-      for (size_t s = 0; s < t.stride; ++s) {
-        if (factor[s] == factor[s]) continue;
-        for (size_t i = 0; i < t.order; ++i) to[i * t.stride + s] = NOT_A_NUMBER;
-      }
+      transform_strided_block(t, x + start, work, y + start);
     }
   }
 }

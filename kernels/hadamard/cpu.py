@@ -20,10 +20,12 @@ def arguments(order: int, stride: int, transpose: bool) -> TransformArguments:
         ValueError: for an unknown order.
     """
     core, _ = factor(order)
-    table = None
-    if core > 1:
-        table = core_matrix(core)  # cached: it outlives the pointer
-        table = pointer(table, "table", torch.int8, (core, core))
+    # core_matrix caches its result: it outlives the pointer.
+    table = (
+        None
+        if core == 1
+        else pointer(core_matrix(core), "table", torch.int8, (core, core))
+    )
     return TransformArguments(order, stride, core, table, transpose, order**-0.5)
 
 

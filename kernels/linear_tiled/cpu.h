@@ -31,7 +31,9 @@ template <int TYPE, int ROWS, int CHANNELS>
 LOWBIT_INLINE void dense_tile(const float* x, size_t padded, const char* w, size_t k,
                               float* out) {
   Floats sums[ROWS][CHANNELS];
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 6
     for (int c = 0; c < CHANNELS; ++c) sums[r][c] = zero_floats();
   }
   const size_t whole = k / 16 * 16;
@@ -48,18 +50,22 @@ LOWBIT_INLINE void dense_tile(const float* x, size_t padded, const char* w, size
     }
   }
   if (whole < k) {
+#pragma GCC unroll 6
     for (int c = 0; c < CHANNELS; ++c) {
       alignas(64) char tail[64] = {};
       memcpy(tail, w + (c * k + whole) * type_bytes(TYPE),
              (k - whole) * type_bytes(TYPE));
       const Floats weights = load_weights<TYPE>(tail, 0);
+#pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         sums[r][c] =
             multiply_add(load_floats(x + r * padded + whole), weights, sums[r][c]);
       }
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 6
     for (int c = 0; c < CHANNELS; ++c) {
       out[r * DENSE_CHANNELS + c] = add_lanes(sums[r][c]);
     }

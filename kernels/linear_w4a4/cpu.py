@@ -87,6 +87,28 @@ def pack(
     return PackedWeight(out, _by_channel(scale), zero, _by_channel(sums))
 
 
+def unpack_rows(
+    fields: torch.Tensor, index: torch.Tensor, n: int, k: int, bits: int
+) -> torch.Tensor:
+    """Rows of an 8-bit weight without groups: int8 codes ``[indices, k]``.
+
+    Args:
+        fields: uint8, of a PackedWeight.
+        index: integer ``[indices]``.
+        n: output channels.
+        k: input columns.
+        bits: of the weight.
+
+    Raises:
+        ValueError: for another width.
+    """
+    if bits != 8:
+        raise ValueError(f"rows can be read from weights of 8 bits, not {bits}")
+    blocks = fields.view(-(-n // 16), -1, 16, 4)
+    rows = blocks[index // 16, :, index % 16].flatten(1)[:, :k]
+    return (rows ^ 128).view(torch.int8)
+
+
 def _by_channel(x: torch.Tensor) -> torch.Tensor:
     """``[n, groups]`` to ``[groups, n]``, zeros up to a multiple of 16."""
     return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16)).t().contiguous()

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The function behind each operator and backend."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .dispatch import select
+from .hadamard.cpu import transform as cpu_transform
+from .hadamard_quantize import cpu as quantize_cpu
+from .hadamard_quantize import reference as quantize_generic
+from .kv4_attention import generic as attention_generic
+from .kv4_store import generic as store_generic
+from .linear_packed.cpu import linear_packed
+from .linear_tiled import cpu as tiled_cpu
+from .linear_tiled import generic as tiled_generic
+from .linear_w4a4.generic import linear_w4a4
+from .linear_wna16.generic import linear_wna16
+from .quantize_weight import cpu as weight_cpu
+from .quantize_weight import reference as weight_generic
+
+# Linears of the two backends take weights of different form: the compiled ones are
+# both linear_packed.
+IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("hadamard", "cpu"): cpu_transform,
+    ("hadamard", "generic"): quantize_generic.transform,
+    ("hadamard_quantize", "cpu"): quantize_cpu.hadamard_quantize,
+    ("hadamard_quantize", "generic"): quantize_generic.hadamard_quantize,
+    ("linear_w4a4", "cpu"): linear_packed,
+    ("linear_w4a4", "generic"): linear_w4a4,
+    ("linear_wna16", "cpu"): linear_packed,
+    ("linear_wna16", "generic"): linear_wna16,
+    ("linear_tiled", "cpu"): tiled_cpu.linear_tiled,
+    ("linear_tiled", "generic"): tiled_generic.linear_tiled,
+    ("quantize_weight", "cpu"): weight_cpu.quantize_weight,
+    ("quantize_weight", "generic"): weight_generic.quantize_weight,
+    ("kv4_store", "generic"): store_generic.kv4_store,
+    ("kv4_attention", "generic"): attention_generic.kv4_attention,
+}
+
+
+def implementation(operator: str, device: str = "cpu") -> Callable[..., Any]:
+    """The function of the backend that the dispatch table chooses for an operator.
+
+    Raises:
+        ValueError: when no backend runs it on the device.
+    """
+    return IMPLEMENTATIONS[operator, select(operator, device).backend]
