@@ -162,7 +162,10 @@ def kv_parameters(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = scale.clamp(KV_SCALE_MIN, KV_SCALE_MAX).half()
     zero = -low * (1.0 / scale.float())
     zero = torch.where(peak < TINY, 0.0, zero.clamp(-KV_MAX_ZERO, KV_MAX_ZERO))
-    return scale, (torch.round(zero * KV_ZERO_STEPS) / KV_ZERO_STEPS).half()
+    zero = torch.round(zero * KV_ZERO_STEPS) / KV_ZERO_STEPS
+    # One pattern for 0 and one for NaN: backends are compared byte by byte.
+    zero = torch.where(zero.isnan(), torch.nan, zero + 0.0)
+    return scale, zero.half()
 
 
 def kv_encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 // naming the namespace and LOWBIT_AVX512 or LOWBIT_AVX2 defined.
 // Nothing here may use templates of the standard library: the linker keeps one copy
 // of those, perhaps the one with instructions that this machine lacks.
+#include "../kv4_attention/cpu.h"
+#include "../linear_packed/cpu.h"
 #include "../linear_tiled/cpu.h"
 #include "../linear_wna16/cpu.h"
 #include "../quantize_weight/cpu.h"
@@ -114,12 +116,52 @@ void run_quantize_weight(const float* x, int64_t rows, int64_t n, int bits,
                   size_t(count), codes, scale, zero_point);
 }
 
+int run_kv4_store(const LowbitStore* s, const LowbitTransform* t) {
+  if (t == nullptr) return kv4_store(*s, nullptr);
+  const Transform transform = transform_of(t);
+  return kv4_store(*s, &transform);
+}
+
+int run_kv4_attention(const LowbitAttention* a, const LowbitTransform* t) {
+  if (t == nullptr) return kv4_attention(*a, nullptr);
+  const Transform transform = transform_of(t);
+  return kv4_attention(*a, &transform);
+}
+
+struct Whole {
+  const Transform t;
+  const float* input_scale;
+  const Weight w;
+  const void* x;
+  int x_type;
+  size_t m;
+  int activation_bits;
+  bool symmetric;
+  int type;
+  void* out;
+  template <int BITS>
+  void run() const {
+    linear_packed<BITS>(t, input_scale, w, x, x_type, m, activation_bits, symmetric,
+                        type, out);
+  }
+};
+
+void run_linear_packed(const LowbitTransform* t, const float* input_scale,
+                       const LowbitWeight* w, const float* bias, const void* x,
+                       int x_type, int64_t m, int activation_bits, int symmetric,
+                       int type, void* out) {
+  for_bits(w->bits,
+           Whole{transform_of(t), input_scale, weight_of(w, bias), x, x_type, size_t(m),
+                 activation_bits, symmetric != 0, type, out});
+}
+
 }  // namespace
 
 extern const LowbitFunctions functions;
 const LowbitFunctions functions = {
     run_hadamard,     run_hadamard_quantize, run_pack_weight,     run_linear_w4a4,
-    run_linear_wna16, run_linear_tiled,      run_quantize_weight,
+    run_linear_wna16, run_linear_tiled,      run_quantize_weight, run_kv4_store,
+    run_kv4_attention, run_linear_packed,
 };
 
 }  // namespace LOWBIT_ISA

@@ -10,14 +10,16 @@ import ctypes
 import functools
 import logging
 import os
-from ctypes import CFUNCTYPE, POINTER, c_double, c_int, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-PATH = Path(__file__).with_name("native.so")
+# Another build of the library, one with a sanitizer say; set before the import.
+PATH_VARIABLE = "LOWBIT_CPU_LIBRARY"
+PATH = Path(os.environ.get(PATH_VARIABLE) or Path(__file__).with_name("native.so"))
 # avx512, avx2 or portable instead of the best that the CPU has.
 ISA_VARIABLE = "LOWBIT_CPU_ISA"
 # The enum of number.h.
@@ -49,6 +51,56 @@ class WeightArguments(ctypes.Structure):
         ("scale", c_void_p),
         ("zero", c_void_p),
         ("sum", c_void_p),
+    ]
+
+
+class StoreArguments(ctypes.Structure):
+    """LowbitStore of abi.h."""
+
+    _fields_ = [
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("key_strides", c_int64 * 2),
+        ("value_strides", c_int64 * 2),
+        ("type", c_int64),
+        ("tokens", c_int64),
+        ("cache", c_void_p),
+        ("num_blocks", c_int64),
+        ("num_kv_heads", c_int64),
+        ("block_size", c_int64),
+        ("head_dim", c_int64),
+        ("block_stride", c_int64),
+        ("head_stride", c_int64),
+        ("slot_mapping", c_void_p),
+    ]
+
+
+class AttentionArguments(ctypes.Structure):
+    """LowbitAttention of abi.h."""
+
+    _fields_ = [
+        ("query", c_void_p),
+        ("query_strides", c_int64 * 2),
+        ("type", c_int64),
+        ("cache", c_void_p),
+        ("num_blocks", c_int64),
+        ("num_kv_heads", c_int64),
+        ("block_size", c_int64),
+        ("head_dim", c_int64),
+        ("block_stride", c_int64),
+        ("head_stride", c_int64),
+        ("block_table", c_void_p),
+        ("table_stride", c_int64),
+        ("table_width", c_int64),
+        ("starts", c_void_p),
+        ("seq_lens", c_void_p),
+        ("num_seqs", c_int64),
+        ("num_heads", c_int64),
+        ("window", c_int64),
+        ("score_factor", c_float),
+        ("cap_factor", c_float),
+        ("capped", c_int64),
+        ("out", c_void_p),
     ]
 
 
@@ -90,6 +142,16 @@ class Functions(ctypes.Structure):
             "quantize_weight",
             CFUNCTYPE(
                 None, _P, c_int64, c_int64, c_int, c_int, _P, c_int64, _P, _P, _P
+            ),
+        ),
+        ("kv4_store", CFUNCTYPE(c_int, POINTER(StoreArguments), _TRANSFORM)),
+        ("kv4_attention", CFUNCTYPE(c_int, POINTER(AttentionArguments), _TRANSFORM)),
+        (
+            "linear_packed",
+            CFUNCTYPE(
+                None,
+                *(_TRANSFORM, _P, _WEIGHT, _P, _P, c_int, c_int64),
+                *(c_int, c_int, c_int, _P),
             ),
         ),
     ]
@@ -179,6 +241,18 @@ class force_isa:
 
     def __exit__(self, *exception: object) -> None:
         _forced.pop()
+
+
+def matrix_shape(tensor: torch.Tensor, name: str) -> tuple[int, int]:
+    """Rows and columns of a matrix.
+
+    Raises:
+        ValueError: naming the argument that is none.
+    """
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got {list(tensor.shape)}")
+    rows, columns = tensor.shape
+    return rows, columns
 
 
 def pointer(

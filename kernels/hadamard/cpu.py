@@ -41,12 +41,14 @@ def transform(
     Raises:
         ValueError: for blocks that do not divide n, or arguments of another form.
     """
+    if x.dim() == 0:
+        raise ValueError("x must have a dimension")
     n = x.shape[-1]
     check_blocks(n, order, stride)
     rows = x.reshape(-1, n)
     if not rows.is_contiguous():
         rows = rows.contiguous()
-    y = torch.empty(rows.shape, dtype=torch.float32)
+    y = torch.empty(rows.shape, dtype=torch.float32, device="cpu")
     library.functions().hadamard(
         byref(arguments(order, stride, transpose)),
         pointer(rows, "x", x.dtype, rows.shape),

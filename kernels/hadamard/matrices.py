@@ -69,14 +69,16 @@ def core_matrix(core: int) -> torch.Tensor:
     Raises:
         ValueError: when the core is not known, or compressed-tensors is missing.
     """
-    if core == 1:
-        return torch.ones(1, 1, dtype=torch.int8)
-    if core in _PALEY_1:
-        return _paley_1(core - 1)
-    if core in _PALEY_2:
-        return _paley_2(core // 2 - 1)
-    if core in _TABLES:
-        return _from_tables(core)
+    # What is cached must not depend on the default device of the first caller.
+    with torch.device("cpu"):
+        if core == 1:
+            return torch.ones(1, 1, dtype=torch.int8)
+        if core in _PALEY_1:
+            return _paley_1(core - 1)
+        if core in _PALEY_2:
+            return _paley_2(core // 2 - 1)
+        if core in _TABLES:
+            return _from_tables(core)
     raise ValueError(f"no Hadamard core of order {core}")
 
 
@@ -85,8 +87,8 @@ def matrix(order: int) -> torch.Tensor:
     """The unnormalised ``[order, order]`` Hadamard matrix, int8."""
     core, power = factor(order)
     h = core_matrix(core)
-    sylvester = torch.ones(1, 1, dtype=torch.int8)
-    doubling = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    sylvester = torch.ones(1, 1, dtype=torch.int8, device="cpu")
+    doubling = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
     while sylvester.shape[0] < power:
         sylvester = torch.kron(doubling, sylvester)
     return torch.kron(h, sylvester)

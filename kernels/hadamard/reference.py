@@ -35,7 +35,7 @@ def hadamard(
 
 def check_blocks(size: int, order: int, stride: int) -> None:
     """Raise ValueError unless blocks of ``order * stride`` divide ``size``."""
-    if order < 1 or stride < 1 or size % (order * stride):
+    if size < 1 or order < 1 or stride < 1 or size % (order * stride):
         raise ValueError(
             f"blocks of order {order} x stride {stride} do not divide a dimension "
             f"of {size}"

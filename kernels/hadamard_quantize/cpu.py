@@ -6,7 +6,7 @@ from ctypes import byref
 import torch
 
 from ..cpu import library
-from ..cpu.library import optional_pointer, pointer, type_code
+from ..cpu.library import matrix_shape, optional_pointer, pointer, type_code
 from ..grid import IntGrid
 from ..hadamard.cpu import arguments
 from ..hadamard.reference import check_blocks
@@ -26,15 +26,13 @@ def hadamard_quantize(
         ValueError: as the reference, or for arguments of another form.
     """
     IntGrid(bits, symmetric)
-    if x.dim() != 2:
-        raise ValueError(f"x must be [tokens, n], got {list(x.shape)}")
-    m, n = x.shape
+    m, n = matrix_shape(x, "x")
     check_blocks(n, order, stride)
     if not x.is_contiguous():
         x = x.contiguous()
-    codes = torch.empty((m, n), dtype=torch.int8)
-    scale = torch.empty((m, 1), dtype=torch.float32)
-    zero_point = torch.empty((m, 1), dtype=torch.int32)
+    codes = torch.empty((m, n), dtype=torch.int8, device="cpu")
+    scale = torch.empty((m, 1), dtype=torch.float32, device="cpu")
+    zero_point = torch.empty((m, 1), dtype=torch.int32, device="cpu")
     library.functions().hadamard_quantize(
         byref(arguments(order, stride, False)),
         pointer(x, "x", x.dtype, (m, n)),

@@ -17,8 +17,8 @@ import torch
 
 # c5 to c1, each a float32.
 COEFFICIENTS = (0.00133006054, 0.00966969132, 0.0555055849, 0.240222827, 0.693147182)
-# The powers below would be subnormal, which processors compute slowly.
-MIN_EXPONENT = -126.0
+# 2^-127 has no normal number: the exponent bits of n = -127 are those of 0.
+ZERO_EXPONENT = -127.0
 # From here on tanh is 1 in float32.
 TANH_LIMIT = 10.0
 TWO_LOG2_E = 2.88539004
@@ -27,19 +27,18 @@ _ROUND = 12582912.0
 
 
 def exp2(x: torch.Tensor) -> torch.Tensor:
-    """``2^x`` for float32 ``x <= 0``, within 2 units in the last place.
+    """``2^x`` of float32 ``x <= 0``, within 3 units in the last place.
 
-    Exactly 1 at 0; exactly 0 below MIN_EXPONENT, at -inf and at NaN.
+    Exactly 1 at 0, and 0 where x rounds to ZERO_EXPONENT or less.
     """
-    inside = x >= MIN_EXPONENT
-    excess, power = _parts(x.clamp(min=MIN_EXPONENT))
-    return excess.add_(1.0).mul_(power).masked_fill_(~inside, 0.0)
+    excess, power = _parts(x.clamp(min=ZERO_EXPONENT))
+    return excess.add_(1.0).mul_(power)
 
 
 def tanh(x: torch.Tensor) -> torch.Tensor:
-    """``tanh(x)`` of finite float32 x, to a few units in the last place.
+    """``tanh(x)`` of float32 x, within 12 units in the last place.
 
-    ``f / (f + 2)`` with ``f = e^(2|x|) - 1``: no cancellation near 0, where n is 0 and
+    ``f / (f + 2)`` with ``f = e^(2|x|) - 1``: nothing cancels near 0, where n is 0 and
     f is ``e(r)`` itself.
     """
     excess, power = _parts(x.abs().clamp_(max=TANH_LIMIT).mul_(TWO_LOG2_E))
@@ -48,7 +47,7 @@ def tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``e(r)`` and ``2^n`` of x in [MIN_EXPONENT, 127]."""
+    """``e(r)`` and ``2^n`` of x in [ZERO_EXPONENT, 127]."""
     n = (x + _ROUND).sub_(_ROUND)
     r = x - n
     excess = r * COEFFICIENTS[0]

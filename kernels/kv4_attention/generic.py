@@ -186,7 +186,7 @@ def _attend(
     items, rows, heads, group, head_dim = q.shape
     q = q.transpose(1, 2).reshape(items, heads, rows * group, head_dim)
     to_base_2, cap = score_factors(softmax_scale, soft_cap)
-    codes, q_scale = _codes(q, QUERY_MAX)
+    codes, q_scale = _codes(q, q.abs().amax(dim=-1, keepdim=True), QUERY_MAX)
     digits, code_sum = _digits(codes), codes.sum(dim=-1, keepdim=True)
     factor = q_scale * to_base_2
     poisoned = ~(factor.abs() < FACTOR_LIMIT)
@@ -210,7 +210,8 @@ def _attend(
         p = exp2(scores.sub_(split_peak))
         p_codes = (p * (1.0 / TOTAL_UNIT)).round_()
         split_total = p_codes.sum(dim=-1, keepdim=True, dtype=torch.float64).float()
-        weights, unit = _codes(p.mul_(split.v_scale), WEIGHT_MAX)
+        weights = p.mul_(split.v_scale)
+        weights, unit = _codes(weights, weights.amax(dim=-1, keepdim=True), WEIGHT_MAX)
         zeros = (weights.double() @ split.v_zero.double().transpose(2, 3)).float()
         split_value = _multiply(_digits(weights), split.v).sub_(zeros).mul_(unit)
 
@@ -224,20 +225,25 @@ def _attend(
     return out.view(items, heads, rows, group, head_dim).transpose(1, 2)
 
 
-def _codes(x: torch.Tensor, code_max: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers of magnitude up to code_max and the scale of rows (last dimension).
+def _codes(
+    x: torch.Tensor, peak: torch.Tensor, code_max: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers of magnitude up to code_max, and the scale of rows (last dimension).
 
-    Both float32. A row that is not finite has a scale that is not.
+    Both float32; peak is the largest magnitude of each row. A row that is not finite
+    has a scale that is not.
     """
-    peak = x.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(peak < TINY, 1.0, peak / code_max)
     return (x * (1.0 / scale)).round_(), scale
 
 
 def _digits(codes: torch.Tensor) -> torch.Tensor:
     """Codes ``[..., rows, n]`` as bytes ``[..., 2 * rows, n]``: high, then low."""
-    high = (codes / DIGIT).floor_()
-    return torch.cat((high, codes - high * DIGIT), dim=-2)
+    digits = codes.repeat(1, 1, 2, 1)
+    high, low = digits.chunk(2, dim=-2)
+    high.mul_(1.0 / DIGIT).floor_()
+    low.sub_(high * DIGIT)
+    return digits
 
 
 def _multiply(digits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -266,7 +272,7 @@ def _splits(
 class _Split:
     """One split of every item; float32, codes and zeros minus CENTRE.
 
-    What a row must not multiply (tokens from seq_len on, bad ones) has scale and zero 0.
+    What a row must not multiply (tokens from seq_len on, bad ones) has scale 0.
 
     Attributes:
         k: ``[items, heads, size, head_dim]``.

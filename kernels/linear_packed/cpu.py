@@ -5,12 +5,17 @@ At one token a call of an operator costs as much as the arithmetic of a small la
 transform, quantization and product are one.
 """
 
+from ctypes import byref
+
 import torch
 
-from ..hadamard.cpu import transform
-from ..hadamard_quantize.cpu import hadamard_quantize
-from ..linear_w4a4.cpu import PackedWeight, linear_w4a4
-from ..linear_wna16.cpu import linear_wna16
+from ..cpu import library
+from ..cpu.library import matrix_shape, optional_pointer, pointer, type_code
+from ..grid import IntGrid
+from ..hadamard.cpu import arguments as transform_arguments
+from ..hadamard.reference import check_blocks
+from ..linear_w4a4.cpu import PackedWeight, arguments_of
+from ..linear_wna16.cpu import DIGIT_MAX
 
 
 def linear_packed(
@@ -45,14 +50,30 @@ def linear_packed(
         out_dtype: of the result ``[tokens, n]``.
 
     Raises:
-        ValueError: for arguments of another form.
+        ValueError: for arguments of another form, or sums that might not fit int32.
     """
+    m, k = matrix_shape(x, "x")
+    check_blocks(k, order, stride)
+    code_max = DIGIT_MAX
+    if activation_bits != 16:
+        code_max = IntGrid(activation_bits, symmetric).max_difference
     packed = PackedWeight(weight, weight_scale, weight_zero, weight_sum)
-    if activation_bits == 16:
-        if order > 1 or input_scale is not None:
-            x = transform(x, input_scale, order, stride)
-        return linear_wna16(x, packed, n, weight_bits, bias, out_dtype)
-    quantized = hadamard_quantize(
-        x, input_scale, order, stride, activation_bits, symmetric
+    arguments = arguments_of(packed, n, k, weight_bits, code_max)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    bias = None if bias is None else bias.float()
+    out = torch.empty((m, n), dtype=out_dtype, device="cpu")
+    library.functions().linear_packed(
+        byref(transform_arguments(order, stride, False)),
+        optional_pointer(input_scale, "input_scale", torch.float32, (k,)),
+        byref(arguments),
+        optional_pointer(bias, "bias", torch.float32, (n,)),
+        pointer(x, "x", x.dtype, (m, k)),
+        type_code(x.dtype, "x"),
+        m,
+        activation_bits,
+        symmetric,
+        type_code(out_dtype, "out_dtype"),
+        out.data_ptr(),
     )
-    return linear_w4a4(*quantized, packed, n, weight_bits, bias, out_dtype)
+    return out

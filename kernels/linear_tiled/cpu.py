@@ -4,7 +4,7 @@
 import torch
 
 from ..cpu import library
-from ..cpu.library import optional_pointer, pointer, type_code
+from ..cpu.library import matrix_shape, optional_pointer, pointer, type_code
 
 
 def linear_tiled(
@@ -15,11 +15,12 @@ def linear_tiled(
     Raises:
         ValueError: for arguments of another form.
     """
-    (m, k), n = x.shape, weight.shape[0]
+    m, k = matrix_shape(x, "x")
+    n, _ = matrix_shape(weight, "weight")
     if not x.is_contiguous():
         x = x.contiguous()
     bias = None if bias is None else bias.float()
-    out = torch.empty((m, n), dtype=x.dtype)
+    out = torch.empty((m, n), dtype=x.dtype, device="cpu")
     library.functions().linear_tiled(
         pointer(x, "x", x.dtype, (m, k)),
         pointer(weight, "weight", x.dtype, (n, k)),

@@ -135,13 +135,6 @@ struct IntegerRows {
   }
 };
 
-// Packed activations: tiles of rows, in each [groups * padded / 4][rows][4].
-template <int BITS, class Rows>
-struct Activations {
-  int8_t* bytes;
-  int32_t* sums;  // [rows][groups] of each digit row
-};
-
 // Tokens of tile `t`: as even as tiles of at most `most` tokens can be.
 struct Tiling {
   Tiling(size_t tokens, size_t most)
@@ -181,7 +174,7 @@ LOWBIT_INLINE int thread_count() {
 }
 
 // Rows of activations that a core keeps in its second-level cache.
-constexpr size_t CACHED_ACTIVATIONS = 384 << 10;
+constexpr size_t CACHED_ACTIVATIONS = 1 << 20;
 // From this many tiles on, unpacking a panel once beats unpacking it in each.
 constexpr size_t UNPACK_TILES = 4;
 

@@ -4,7 +4,8 @@
 Layout of a packed weight: blocks of 16 output channels, in each its groups of the
 input, in each group chunks of 4, 8 or 16 columns in 64 bytes (8, 4, 2 bits), 16 in 192
 (6 bits, a plane of nibbles and one of pairs) or 32 in 192 (3 bits, pairs and bits).
-``cpu/tile.h`` has the order inside a chunk; columns beyond a group are padded.
+``cpu/tile.h`` has the order inside a chunk; columns beyond a group are padded. A byte
+for each such column of one group is the end: the size tells the columns.
 """
 
 from ctypes import byref
@@ -13,11 +14,19 @@ from typing import NamedTuple
 import torch
 
 from ..cpu import library
-from ..cpu.library import WeightArguments, optional_pointer, pointer, type_code
+from ..cpu.library import (
+    WeightArguments,
+    matrix_shape,
+    optional_pointer,
+    pointer,
+    type_code,
+)
 from ..packing import PACKABLE_BITS
+from .reference import check_int32
 
 # Columns and bytes (over 16 channels) of a chunk.
 _CHUNKS = {2: (16, 64), 3: (32, 192), 4: (8, 64), 6: (16, 192), 8: (4, 64)}
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class PackedWeight(NamedTuple):
@@ -45,10 +54,12 @@ def packed_bytes(n: int, k: int, groups: int, bits: int) -> int:
     """
     if bits not in PACKABLE_BITS:
         raise ValueError(f"bits must be one of {PACKABLE_BITS}, got {bits}")
-    if groups < 1 or k % groups:
+    if k < 1 or groups < 1 or k % groups:
         raise ValueError(f"{groups} groups do not divide {k} columns")
     columns, size = _CHUNKS[bits]
-    return -(-n // 16) * groups * -(-(k // groups) // columns) * size
+    of_group = k // groups
+    chunks = -(-n // 16) * groups * -(-of_group // columns)
+    return chunks * size + -of_group % columns
 
 
 def pack(
@@ -66,25 +77,42 @@ def pack(
         bits: width of the codes.
 
     Raises:
-        ValueError: for arguments of another form, or codes outside of their width.
+        ValueError: for arguments of another form, or codes or zero points outside of
+            their width.
     """
-    (n, k), groups = codes.shape, scale.shape[1]
-    half = 1 << (bits - 1)
-    out = torch.empty(packed_bytes(n, k, groups, bits), dtype=torch.uint8)
-    low, high = (int(v) for v in torch.aminmax(codes)) if codes.numel() else (0, 0)
-    if low < -half or high >= half:
-        raise ValueError(f"codes of {bits} bits must lie in [{-half}, {half - 1}]")
-    codes = codes.contiguous()
+    n, k = matrix_shape(codes, "codes")
+    _, groups = matrix_shape(scale, "scale")
+    size = packed_bytes(n, k, groups, bits)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    fields = pointer(codes, "codes", torch.int8, (n, k))
+    pointer(scale, "scale", torch.float32, (n, groups))
+    _check_width(codes, "codes", bits)
+    out = torch.zeros(size, dtype=torch.uint8, device="cpu")
     arguments = WeightArguments(n=n, k=k, groups=groups, bits=bits)
-    library.functions().pack_weight(
-        byref(arguments), pointer(codes, "codes", torch.int8, (n, k)), out.data_ptr()
-    )
-    sums = codes.view(n, groups, -1).sum(-1, dtype=torch.int32)
+    library.functions().pack_weight(byref(arguments), fields, out.data_ptr())
+    sums = codes.view(n, groups, k // groups).sum(-1, dtype=torch.int32)
     zero = None
     if zero_point is not None:
-        sums -= zero_point.to(torch.int32) * (k // groups)
-        zero = _by_channel(zero_point.to(torch.int32) + half)
+        if zero_point.dtype not in _INTEGERS:
+            raise ValueError(f"zero_point must be integer, got {zero_point.dtype}")
+        zero_point = zero_point.contiguous()
+        pointer(zero_point, "zero_point", zero_point.dtype, (n, groups))
+        _check_width(zero_point, "zero_point", bits)
+        zero_point = zero_point.to(torch.int32)
+        sums -= zero_point * (k // groups)
+        zero = _by_channel(zero_point + (1 << (bits - 1)))
     return PackedWeight(out, _by_channel(scale), zero, _by_channel(sums))
+
+
+def _check_width(values: torch.Tensor, name: str, bits: int) -> None:
+    """Raise ValueError naming the values that are not of so many bits."""
+    half = 1 << (bits - 1)
+    low, high = (int(v) for v in torch.aminmax(values)) if values.numel() else (0, 0)
+    if low < -half or high >= half:
+        raise ValueError(
+            f"{name} of {bits} bits must lie in [{-half}, {half - 1}], got "
+            f"[{low}, {high}]"
+        )
 
 
 def unpack_rows(
@@ -94,17 +122,29 @@ def unpack_rows(
 
     Args:
         fields: uint8, of a PackedWeight.
-        index: integer ``[indices]``.
+        index: integer ``[indices]``, in ``[0, n)``; the values are not checked.
         n: output channels.
         k: input columns.
         bits: of the weight.
 
     Raises:
-        ValueError: for another width.
+        ValueError: for another width, or arguments of another form.
     """
+    # Traced by torch.compile: no check may look at the data.
     if bits != 8:
         raise ValueError(f"rows can be read from weights of 8 bits, not {bits}")
-    blocks = fields.view(-(-n // 16), -1, 16, 4)
+    size = packed_bytes(n, k, 1, bits)
+    if fields.dtype != torch.uint8 or fields.shape != (size,):
+        raise ValueError(
+            f"fields must be torch.uint8 [{size}], got {fields.dtype} "
+            f"{list(fields.shape)}"
+        )
+    if index.dtype not in _INTEGERS or index.dim() != 1:
+        raise ValueError(
+            f"index must be integer with 1 dimension, got {index.dtype} "
+            f"{list(index.shape)}"
+        )
+    blocks = fields[: size - -k % 4].view(-(-n // 16), -(-k // 4), 16, 4)
     rows = blocks[index // 16, :, index % 16].flatten(1)[:, :k]
     return (rows ^ 128).view(torch.int8)
 
@@ -114,15 +154,26 @@ def _by_channel(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16)).t().contiguous()
 
 
-def arguments_of(weight: PackedWeight, n: int, k: int, bits: int) -> WeightArguments:
+def arguments_of(
+    weight: PackedWeight, n: int, k: int, bits: int, code_max: int
+) -> WeightArguments:
     """The kernels' description of a packed weight, checked.
 
+    Args:
+        weight: from :func:`pack`.
+        n: output channels.
+        k: input columns.
+        bits: of the weight.
+        code_max: bound on the magnitude of the integers it is multiplied with.
+
     Raises:
-        ValueError: for tensors of another form.
+        ValueError: for tensors of another form, or sums that might not fit int32.
     """
-    groups = weight.scale.shape[0]
+    groups, _ = matrix_shape(weight.scale, "weight_scale")
     shape = (groups, n + -n % 16)
     fields = (packed_bytes(n, k, groups, bits),)
+    weight_max = 1 << (bits - 1) if weight.zero is None else (1 << bits) - 1
+    check_int32(code_max * weight_max * (k // groups))
     return WeightArguments(
         n,
         k,
@@ -144,6 +195,7 @@ def linear_w4a4(
     bits: int,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    code_max: int = 255,
 ) -> torch.Tensor:
     """As the reference, bit for bit.
 
@@ -156,15 +208,17 @@ def linear_w4a4(
         bits: of the weight.
         bias: float ``[n]`` or None.
         out_dtype: of the result ``[tokens, n]``.
+        code_max: bound on ``|codes - zero_point|``.
 
     Raises:
-        ValueError: for arguments of another form.
+        ValueError: for arguments of another form, or sums that might not fit int32.
     """
-    m, k = codes.shape
-    out = torch.empty((m, n), dtype=out_dtype)
+    m, k = matrix_shape(codes, "codes")
+    arguments = arguments_of(weight, n, k, bits, code_max)
+    out = torch.empty((m, n), dtype=out_dtype, device="cpu")
     bias = None if bias is None else bias.float()
     library.functions().linear_w4a4(
-        byref(arguments_of(weight, n, k, bits)),
+        byref(arguments),
         optional_pointer(bias, "bias", torch.float32, (n,)),
         pointer(codes, "codes", torch.int8, (m, k)),
         pointer(scale, "scale", torch.float32, (m, 1)),

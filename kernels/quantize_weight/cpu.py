@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight quantization and its clip search by the compiled kernels."""
 
+from ctypes import c_float
+
 import torch
 
 from ..cpu import library
+from ..cpu.library import matrix_shape, pointer
 from ..grid import IntGrid
 from .reference import CLIP_RATIOS, check_group_size
+
+_RATIOS = (c_float * len(CLIP_RATIOS))(*CLIP_RATIOS)
 
 
 def quantize_weight(
@@ -14,25 +19,25 @@ def quantize_weight(
     """As the reference, bit for bit.
 
     Raises:
-        ValueError: when group_size does not divide k, or the grid is full_range.
+        ValueError: when group_size does not divide k, the grid is full_range, or the
+            weight is no matrix on the CPU.
     """
     if grid.full_range:
         raise ValueError("weights are quantized on a grid without full_range")
-    n, k = weight.shape
+    n, k = matrix_shape(weight, "weight")
     size = check_group_size(group_size, k)
     rows = weight.float().contiguous()
-    ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32)
-    codes = torch.empty((n, k), dtype=torch.int8)
-    scale = torch.empty((n, k // size), dtype=torch.float32)
-    zero_point = torch.empty((n, k // size), dtype=torch.int32)
+    codes = torch.empty((n, k), dtype=torch.int8, device="cpu")
+    scale = torch.empty((n, k // size), dtype=torch.float32, device="cpu")
+    zero_point = torch.empty((n, k // size), dtype=torch.int32, device="cpu")
     library.functions().quantize_weight(
-        rows.data_ptr(),
+        pointer(rows, "weight", torch.float32, (n, k)),
         scale.numel(),
         size,
         grid.bits,
         grid.symmetric,
-        ratios.data_ptr(),
-        len(ratios),
+        _RATIOS,
+        len(_RATIOS),
         codes.data_ptr(),
         scale.data_ptr(),
         zero_point.data_ptr(),
