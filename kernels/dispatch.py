@@ -80,7 +80,9 @@ TABLE: tuple[Row, ...] = (
     Row("linear_tiled", "generic", ("cpu",), _any),
     Row("quantize_weight", "cpu", ("cpu",), _compiled(_any)),
     Row("quantize_weight", "generic", ("cpu",), _any),
+    Row("kv4_store", "cpu", ("cpu",), _compiled(_head_dim)),
     Row("kv4_store", "generic", ("cpu",), _head_dim),
+    Row("kv4_attention", "cpu", ("cpu",), _compiled(_head_dim)),
     Row("kv4_attention", "generic", ("cpu",), _head_dim),
 )
 OPERATORS = tuple(dict.fromkeys(row.operator for row in TABLE))

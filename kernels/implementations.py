@@ -8,7 +8,9 @@ from .dispatch import select
 from .hadamard.cpu import transform as cpu_transform
 from .hadamard_quantize import cpu as quantize_cpu
 from .hadamard_quantize import reference as quantize_generic
+from .kv4_attention import cpu as attention_cpu
 from .kv4_attention import generic as attention_generic
+from .kv4_store import cpu as store_cpu
 from .kv4_store import generic as store_generic
 from .linear_packed.cpu import linear_packed
 from .linear_tiled import cpu as tiled_cpu
@@ -33,7 +35,9 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("linear_tiled", "generic"): tiled_generic.linear_tiled,
     ("quantize_weight", "cpu"): weight_cpu.quantize_weight,
     ("quantize_weight", "generic"): weight_generic.quantize_weight,
+    ("kv4_store", "cpu"): store_cpu.kv4_store,
     ("kv4_store", "generic"): store_generic.kv4_store,
+    ("kv4_attention", "cpu"): attention_cpu.kv4_attention,
     ("kv4_attention", "generic"): attention_generic.kv4_attention,
 }
 
