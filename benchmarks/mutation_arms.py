@@ -238,11 +238,11 @@ def _texts(error: BaseException | None) -> Iterator[str]:
 def _is_named(mutation: Any, message: str) -> bool:
     """Whether a message names what is wrong; generous to vLLM's own names of things.
 
-    A renamed tensor has two names, a fused layer stands for its parts, and a module
-    in quotes for its tensors.
+    A renamed tensor has two names, of two that were exchanged either is wrong, a fused
+    layer stands for its parts, and a module in quotes for its tensors.
     """
     names = [mutation.named]
-    if mutation.kind == "renamed tensor":
+    if mutation.kind in ("renamed tensor", "swapped data"):
         names.append(mutation.detail)
     for name in names:
         own = name.removeprefix("model.")

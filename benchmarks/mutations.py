@@ -38,10 +38,11 @@ OUTCOMES = (
     "crashes or hangs",
 )
 NOTES = """\
-Refused by name: the error contains the tensor (or the fused layer it goes into), the
-file or the key. Served tokens are compared with those of the sound checkpoint: 16
-greedy tokens on each of 4 prompts. "The same" is still another model, changed by so
-little that these tokens do not show it, or a tensor or key too many that was ignored.
+Refused by name: the error contains the tensor (or the fused layer it goes into, or the
+other one of two that were exchanged), the file or the key. Served tokens are compared
+with those of the sound checkpoint: 16 greedy tokens on each of 4 prompts. "The same" is
+still another model, changed by so little that these tokens do not show it, or a tensor
+or key too many that was ignored.
 What only a record of the original can tell (bit flips, exchanged data, another
 rope_theta) the compressed-tensors format has no record of: a server that loads such a
 file follows its format. Mutations of what only one of the formats has, such as the

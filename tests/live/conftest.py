@@ -20,6 +20,7 @@ from vllm_lowbit.schema import Scheme, scheme_from_name
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "ref-7m"
 RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "vllm", "vllm-lowbit")
 PROMPTS = [
     "The old house stood at the end of the lane, and",
     "In the morning the rain had stopped. She opened the window and",
@@ -44,9 +45,8 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def agreement() -> Iterator[dict[str, Any]]:
-    """What the tests of the reference measured; with LOWBIT_WRITE_RESULTS set, the
+def _results(name: str, test: str) -> Iterator[dict[str, Any]]:
+    """What the tests of one file measured; with LOWBIT_WRITE_RESULTS set, the
     committed result is written anew."""
     measured: dict[str, Any] = {}
     yield measured
@@ -54,12 +54,24 @@ def agreement() -> Iterator[dict[str, Any]]:
         environment = {
             "date": datetime.date.today().isoformat(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
-            **{name: version(name) for name in ("torch", "vllm", "vllm-lowbit")},
+            **{package: version(package) for package in PACKAGES},
         }
-        command = "LOWBIT_WRITE_RESULTS=1 .venv/bin/pytest tests/live/test_reference.py"
+        command = f"LOWBIT_WRITE_RESULTS=1 .venv/bin/pytest tests/live/test_{test}.py"
         result = {"command": command, "environment": environment, **measured}
-        path = RESULTS / "agreement.json"
+        path = RESULTS / f"{name}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@pytest.fixture(scope="session")
+def agreement() -> Iterator[dict[str, Any]]:
+    """Measured by the tests of the reference."""
+    yield from _results("agreement", "reference")
+
+
+@pytest.fixture(scope="session")
+def export_perplexities() -> Iterator[dict[str, Any]]:
+    """Measured by the tests of exported checkpoints."""
+    yield from _results("export", "export")
 
 
 @pytest.fixture(scope="session")

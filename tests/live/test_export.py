@@ -59,7 +59,11 @@ def perplexity(losses: Iterable[float], parts: list[torch.Tensor]) -> float:
     return mean_perplexity(list(losses), predicted).perplexity
 
 
-def test_stock_vllm(exported: tuple[str, Path, float], worker_model: Any) -> None:
+def test_stock_vllm(
+    exported: tuple[str, Path, float],
+    worker_model: Any,
+    export_perplexities: dict[str, Any],
+) -> None:
     """In the dtype that it chooses itself."""
     scheme, directory, expected = exported
     if scheme != "w8a8":
@@ -78,6 +82,10 @@ def test_stock_vllm(exported: tuple[str, Path, float], worker_model: Any) -> Non
         assert {method.partition(".")[0] for method in methods} == {"vllm"}
         assert {type(linear.scheme).__name__ for linear in linears} == {KERNELS[scheme]}
         served = perplexity(prompt_losses(llm, parts), parts)
+    export_perplexities[scheme] = {
+        "lowbit checkpoint, reference": expected,
+        "exported, stock vLLM": served,
+    }
     assert served == pytest.approx(expected, rel=BOUND)
 
 
