@@ -297,6 +297,27 @@ def foreign_checkpoint() -> Callable[..., Path]:
     return runpy.run_path(str(file))["foreign_checkpoint"]
 
 
+def _assert_kept(layer: Any, codes: Any, scale: Any, zero_point: Any) -> None:
+    import torch
+
+    expected = torch.nn.Module()
+    layer.quant_method.kernel.keep(expected, codes, scale, zero_point)
+    wanted = dict(expected.named_parameters())
+    found = {n: p for n, p in layer.named_parameters() if n.startswith("weight")}
+    assert found.keys() == wanted.keys()
+    for name, parameter in found.items():
+        assert torch.equal(parameter, wanted[name]), name
+
+
+@pytest.fixture(scope="session")
+def assert_kept() -> Callable[..., None]:
+    """``assert_kept(layer, codes, scale, zero_point)``: its weight is this one.
+
+    In the form of the layer's backend, and it holds nothing else of a weight.
+    """
+    return _assert_kept
+
+
 def _engine_config(model: Path | str = REF_7M, **arguments: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 

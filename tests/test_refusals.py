@@ -256,9 +256,10 @@ class TestAttention:
         layer.head_size = layer.head_size_v = head_size
         with pytest.raises(UnsupportedError) as error:
             refuse_attention(layer, "layers.3.attn")
+        reason = f"head_dim must be one of {HEAD_DIMS}, got {head_size}"
         assert str(error.value) == (
-            "layer layers.3.attn: no backend runs kv4_store on cpu: generic: head_dim "
-            f"must be one of {HEAD_DIMS}, got {head_size}"
+            "layer layers.3.attn: no backend runs kv4_store on cpu: "
+            f"cpu: {reason}; generic: {reason}"
         )
 
     @pytest.mark.parametrize("head_size", HEAD_DIMS)

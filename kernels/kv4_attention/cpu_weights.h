@@ -34,8 +34,9 @@ struct Tokens {
   bool bad[MAX_SPLIT];
 };
 
-// The bits of 16 halves are looked at as integers.
-typedef uint16_t Halves __attribute__((vector_size(32)));
+// The bits of halves are looked at as integers.
+constexpr size_t HALVES = VECTOR_BYTES < 32 ? 8 : 16;
+typedef uint16_t Halves __attribute__((vector_size(2 * HALVES)));
 constexpr uint16_t HALF_INFINITY = 0x7c00, HALF_1024 = 0x6400, HALF_500 = 0x5fd0;
 
 LOWBIT_INLINE Halves load_bits(const uint8_t* p) {
@@ -53,9 +54,10 @@ LOWBIT_INLINE Halves beyond(Halves x, uint16_t bound) {
   return (x & 0x7fff) + uint16_t(0x7fff - bound);
 }
 LOWBIT_INLINE bool any_marked(Halves x) {
-  uint64_t words[4];
+  uint64_t words[HALVES / 4], all = 0;
   memcpy(words, &x, sizeof x);
-  return ((words[0] | words[1] | words[2] | words[3]) & 0x8000800080008000) != 0;
+  for (const uint64_t word : words) all |= word;
+  return (all & 0x8000800080008000) != 0;
 }
 
 // What has been seen of the halves of some tokens.
@@ -66,22 +68,25 @@ struct Marks {
 // 16 tokens, of which page is the first's place in the plane of K's scales.
 LOWBIT_INLINE void read_parameters(const uint8_t* page, const PagePlanes& at,
                                    Tokens& p, size_t token, Marks& marks) {
-  const auto plane = [&](size_t start) { return page + (start - at.k_scale); };
-  const auto read = [&](size_t start) {
+  const uint8_t* const k_scale = page;
+  const uint8_t* const k_zero = page + (at.k_zero - at.k_scale);
+  const uint8_t* const v_scale = page + (at.v_scale - at.k_scale);
+  const uint8_t* const v_zero = page + (at.v_zero - at.k_scale);
+  const auto read = [](const uint8_t* from, float* to) {
     uint16_t halves[16];
-    memcpy(halves, plane(start), sizeof halves);
-    return load_halves(halves);
+    memcpy(halves, from, sizeof halves);
+    store_floats(to, load_halves(halves));
   };
-  store_floats(p.k_scale + token, read(at.k_scale));
-  store_floats(p.v_scale + token, read(at.v_scale));
-  store_floats(p.k_zero + token, read(at.k_zero));
-  store_floats(p.v_zero + token, read(at.v_zero));
-  const Halves v_zero = load_bits(plane(at.v_zero));
-  marks.bad |= bad_scale(load_bits(plane(at.k_scale))) |
-               bad_scale(load_bits(plane(at.v_scale))) |
-               beyond(load_bits(plane(at.k_zero)), HALF_1024) |
-               beyond(v_zero, HALF_1024);
-  marks.wide |= beyond(v_zero, HALF_500);
+  read(k_scale, p.k_scale + token);
+  read(k_zero, p.k_zero + token);
+  read(v_scale, p.v_scale + token);
+  read(v_zero, p.v_zero + token);
+  for (size_t i = 0; i < 32; i += sizeof(Halves)) {
+    marks.bad |= bad_scale(load_bits(k_scale + i)) | bad_scale(load_bits(v_scale + i));
+    marks.bad |= beyond(load_bits(k_zero + i), HALF_1024);
+    marks.bad |= beyond(load_bits(v_zero + i), HALF_1024);
+    marks.wide |= beyond(load_bits(v_zero + i), HALF_500);
+  }
 }
 
 // Clears the parameters of bad tokens, and of those outside of [low, high).
@@ -123,7 +128,6 @@ inline void finish_parameters(Tokens& p, const Marks& marks, size_t low,
 }
 
 // Base-2 scores of products, in place, and the largest.
-//   x  one row of a query: its code sum, factor, and the factor on tanh
 LOWBIT_INLINE float score_row(const Tokens& p, int32_t* products, size_t begin,
                               size_t end, float code_sum, float factor, bool capped,
                               float cap) {

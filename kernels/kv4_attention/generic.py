@@ -24,9 +24,10 @@ of bytes compute it. ``u`` is a cached code, ``zero' = zero - 8`` (exact).
    ``m' = max(m, m_s)``, ``a = exp2(m - m')``, ``b = exp2(m_s - m')``, and
    ``value * a + value_s * b``, the total likewise. The result is value / total.
 
-A row is NaN when a visible token has a scale that is not positive and finite or a zero
-that is not finite, or when its factor is not below 2^64: a query that is not finite,
-or one so large that a score might not be.
+A row is NaN when a visible token has parameters that the store does not write for
+finite values (a scale that is not positive and finite, a zero not within 1024), or when
+its factor is not below 2^64: a query that is not finite, or one so large that a score
+might not be. Sums are exact because zeros are multiples of 1/64.
 
 Rounding moves a query element by at most ``max|q| / 65024``, a weight by at most 1 /
 131070 of its split's largest: about 1e-5 of the values at usual lengths, where bfloat16
@@ -41,7 +42,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..grid import TINY
+from ..grid import KV_MAX_ZERO, TINY
 from ..hadamard.generic import hadamard
 from ..kv4_store.layout import planes, unpack_nibbles
 from .exponential import exp2, tanh
@@ -320,7 +321,8 @@ def _read(
     live = torch.arange(start, start + size) < seq_len.view(items, 1, 1, 1)
     usable = live
     for scale, zero in zip(scales, zeros, strict=True):
-        usable = usable & (scale > 0) & torch.isfinite(scale) & torch.isfinite(zero)
+        usable = usable & (scale > 0) & torch.isfinite(scale)
+        usable = usable & (zero.abs() <= KV_MAX_ZERO)
     bad = live & ~usable
     k_scale, v_scale = (scale.where(usable, 0.0) for scale in scales)
     k_zero, v_zero = (zero.sub_(CENTRE).where(usable, 0.0) for zero in zeros)

@@ -17,6 +17,7 @@ def linear_tiled(
     """
     m, k = matrix_shape(x, "x")
     n, _ = matrix_shape(weight, "weight")
+    code = type_code(x.dtype, "x")
     if not x.is_contiguous():
         x = x.contiguous()
     bias = None if bias is None else bias.float()
@@ -28,7 +29,7 @@ def linear_tiled(
         m,
         n,
         k,
-        type_code(x.dtype, "x"),
+        code,
         out.data_ptr(),
     )
     return out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""16-bit linear for the vocabulary matrix, independent of the batch in practice."""
+"""16-bit linear for the vocabulary matrix by the BLAS of torch."""
 
 import torch
 
@@ -13,7 +13,8 @@ def linear_tiled(
 
     BLAS libraries choose another kernel, and another order of additions, for
     another number of rows. Here each call has TILE rows, the last padded with
-    zeros, so that a token's logits do not change with its neighbours.
+    zeros, so that a token's logits do not change with its neighbours. They may with
+    the number of threads, by which a BLAS cuts its sums (``cpu`` does not).
 
     Args:
         x: ``[tokens, k]``.

@@ -174,7 +174,7 @@ LOWBIT_INLINE int thread_count() {
 }
 
 // Rows of activations that a core keeps in its second-level cache.
-constexpr size_t CACHED_ACTIVATIONS = 1 << 20;
+constexpr size_t CACHED_ACTIVATIONS = 512 << 10;
 // From this many tiles on, unpacking a panel once beats unpacking it in each.
 constexpr size_t UNPACK_TILES = 4;
 

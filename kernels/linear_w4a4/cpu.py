@@ -50,8 +50,11 @@ def packed_bytes(n: int, k: int, groups: int, bits: int) -> int:
     """Size of a packed weight.
 
     Raises:
-        ValueError: for a width without packing, or groups that do not divide k.
+        ValueError: for a width without packing, a negative n, or groups that do not
+            divide k.
     """
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
     if bits not in PACKABLE_BITS:
         raise ValueError(f"bits must be one of {PACKABLE_BITS}, got {bits}")
     if k < 1 or groups < 1 or k % groups:
@@ -122,7 +125,7 @@ def unpack_rows(
 
     Args:
         fields: uint8, of a PackedWeight.
-        index: integer ``[indices]``, in ``[0, n)``; the values are not checked.
+        index: int32 or int64 ``[indices]``, in ``[0, n)``; the values are not checked.
         n: output channels.
         k: input columns.
         bits: of the weight.
@@ -139,10 +142,15 @@ def unpack_rows(
             f"fields must be torch.uint8 [{size}], got {fields.dtype} "
             f"{list(fields.shape)}"
         )
-    if index.dtype not in _INTEGERS or index.dim() != 1:
+    if (
+        index.dtype not in (torch.int32, torch.int64)
+        or index.dim() != 1
+        or index.device != fields.device
+    ):
         raise ValueError(
-            f"index must be integer with 1 dimension, got {index.dtype} "
-            f"{list(index.shape)}"
+            "index must be int32 or int64 with 1 dimension, on the device of fields "
+            f"({fields.device}), got {index.dtype} {list(index.shape)} on "
+            f"{index.device}"
         )
     blocks = fields[: size - -k % 4].view(-(-n // 16), -(-k // 4), 16, 4)
     rows = blocks[index // 16, :, index % 16].flatten(1)[:, :k]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight-only linear with order-free sums.
 
-Activations are rounded to 22-bit fixed point per token (to 2^-23 of the largest, about
-what float32 holds) so that sums over integer codes are exact: rows then do not depend
-on the batch, which no float GEMM library promises. Groups are added in float64, in
-ascending order.
+Activations are rounded to 22-bit fixed point per token (by 2^-22 of the largest at
+most, about what float32 holds) so that sums over integer codes are exact: rows then do
+not depend on the batch, which no float GEMM library promises. Groups are added in
+float64, in ascending order.
 """
 
 import torch

@@ -3,16 +3,37 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
+from vllm_lowbit.kernels.cpu import library
 from vllm_lowbit.kernels.kv4_store.generic import kv4_store
 
 ROW_COUNTS = (1, 2, 3, 16, 17, 64, 255, 256, 257)
 UNUSED_PAGE = 1 << 30
 
 Tensors = tuple[torch.Tensor, ...]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument ``isa`` runs for every instruction set there is."""
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", () if library.missing() else library.isas())
+
+
+@pytest.fixture
+def garbage_in_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` gives NaNs and odd integers: what is not written will show."""
+    empty = torch.empty
+
+    def garbage(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        value = torch.nan if out.is_floating_point() else 157
+        return out.fill_(value - 256 if out.dtype == torch.int8 else value)
+
+    monkeypatch.setattr(torch, "empty", garbage)
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +72,15 @@ def assert_rows_independent() -> Callable[..., None]:
 
     Call with an operator from per-row tensors to per-row tensors, and inputs of 257
     rows. Every count of ROW_COUNTS, a window in the middle and a permutation must
-    give the rows of the whole batch, bit for bit, with one thread and with two.
+    give the rows of the whole batch, bit for bit, with one thread and with two; the
+    same rows with both, unless ``across_threads`` is False.
     """
 
-    def check(operator: Callable[..., torch.Tensor | Tensors], *inputs: torch.Tensor):
+    def check(
+        operator: Callable[..., torch.Tensor | Tensors],
+        *inputs: torch.Tensor,
+        across_threads: bool = True,
+    ) -> None:
         def run(rows: slice | torch.Tensor) -> Tensors:
             result = operator(*(t[rows] for t in inputs))
             return result if isinstance(result, tuple) else (result,)
@@ -69,6 +95,8 @@ def assert_rows_independent() -> Callable[..., None]:
         }
         for threads, parts in choices.items():
             torch.set_num_threads(threads)
+            if not across_threads:
+                whole = run(slice(None))
             for rows in parts:
                 for actual, expected in zip(run(rows), whole, strict=True):
                     _assert_same_bits(actual, expected[rows])

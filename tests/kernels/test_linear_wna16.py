@@ -44,7 +44,7 @@ def dequantized(weight: Weight) -> torch.Tensor:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])
 @pytest.mark.parametrize("group_size", [64, 128, None])
 def test_against_reference(bits: int, symmetric: bool, group_size: int | None) -> None:
-    """The error is that of rounding x to 28 bits, below what a float32 GEMM loses."""
+    """The error is that of rounding x to 22 bits, about what a float32 GEMM loses."""
     grid = IntGrid(bits, symmetric)
     weight = weight_of(grid, 48, 1024, group_size)
     x = torch.randn(16, 1024) * torch.logspace(-4, 4, 16).unsqueeze(-1)
@@ -57,10 +57,11 @@ def test_against_reference(bits: int, symmetric: bool, group_size: int | None) -
     actual = run_generic(x, weight, bias, grid, torch.float64)
     error = (actual - expected).abs()
     peak = x.double().abs().amax(-1, keepdim=True)
-    assert (error <= peak * 2.0**-28 * w.abs().sum(-1) + 1e-12).all()
+    # Half a unit, with the largest in [2^21, 2^22) units.
+    assert (error <= peak * 2.0**-22 * w.abs().sum(-1) + 1e-12).all()
     in_float32 = torch.nn.functional.linear(x, w.float(), bias)
     float32_error = (in_float32 - expected).square().mean(-1).sqrt()
-    assert (error.square().mean(-1).sqrt() < float32_error).all()
+    assert (error.square().mean(-1).sqrt() < 4 * float32_error).all()
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (63, 1, 63), (1, 63, 1000)])
@@ -140,12 +141,13 @@ def test_integer_operands_give_the_integer_product() -> None:
 
 
 def test_length_whose_sums_cannot_be_exact() -> None:
-    k = (1 << 25) // 255 + 1
-    weight = torch.zeros(1, k, dtype=torch.int8)
+    """For integers that no width here has: theirs end at 8 million columns."""
+    weight, k = 1 << 20, (1 << (53 - 22 - 20)) + 1
+    arguments = torch.zeros(1, k, dtype=torch.int32), torch.ones(1, 1), None
+    x = torch.zeros(1, k)
+    generic.linear_wna16(x, *arguments, weight - weight // 1024, torch.float32)
     with pytest.raises(ValueError, match="do not fit float64 exactly"):
-        generic.linear_wna16(
-            torch.zeros(1, k), weight, torch.ones(1, 1), None, 255, torch.float32
-        )
+        generic.linear_wna16(x, *arguments, weight, torch.float32)
 
 
 @pytest.mark.parametrize(("columns", "groups"), [(10, 3), (12, 2)])

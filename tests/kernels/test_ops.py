@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_lowbit.kernels import ops
 from vllm_lowbit.kernels.grid import IntGrid
+from vllm_lowbit.kernels.linear_w4a4.cpu import pack, unpack_rows
 
 Arguments = tuple[Any, ...]
 
@@ -18,6 +19,7 @@ NAMES = (
     "hadamard_quantize",
     "linear_w4a4",
     "linear_wna16",
+    "linear_packed",
     "kv4_store",
     "kv4_attention",
 )
@@ -33,6 +35,15 @@ def integer_operands(bias: torch.Tensor | None, out_dtype: torch.dtype) -> Argum
     weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
     bounds = grid.max_difference, 7
     return codes, scale, zero_point, weight, torch.rand(24, 2), bias, *bounds, out_dtype
+
+
+def packed_operands(
+    bits: int, symmetric: bool, bias: torch.Tensor | None, dtype: torch.dtype
+) -> Arguments:
+    codes = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
+    zero_point = None if symmetric else torch.randint(-8, 8, (24, 2))
+    weight = pack(codes, torch.rand(24, 2), zero_point, 4)
+    return 64, 1, bits, False, *weight, bias, 24, 4, dtype
 
 
 def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
@@ -66,6 +77,15 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
             (activations(), weight, torch.rand(24, 2), None, 7, bf16),
             (activations(bf16), weight, torch.rand(24, 1), torch.randn(24), 7, bf16),
             (activations(fp16), weight.short(), torch.rand(24, 1), None, 15, fp16),
+        ],
+        "linear_packed": [
+            (activations(), None, *packed_operands(4, True, None, bf16)),
+            (activations(bf16), input_scale, *packed_operands(8, False, None, bf16)),
+            (
+                activations(fp16),
+                input_scale,
+                *packed_operands(16, True, torch.randn(24), torch.float32),
+            ),
         ],
         "kv4_store": [
             (key, key, cache, torch.tensor([3, -1, 30]), True),
@@ -168,6 +188,31 @@ def test_compiled_linear(backend: str) -> None:
     for rows in (5, 9) if backend == "aot_eager" else (5,):
         x = torch.randn(rows, 128)
         for actual, expected in zip(compiled(x), linear(x), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_packed_linear(backend: str) -> None:
+    """As a layer calls it, and a look-up of rows of an 8-bit weight, in one graph."""
+    integer = packed_operands(4, False, torch.randn(24), torch.float32)
+    floating = packed_operands(16, True, None, torch.float32)
+    codes = torch.randint(-128, 128, (24, 128), dtype=torch.int8)
+    table = pack(codes, torch.ones(24, 1), None, 8).weight
+
+    def linear(x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = unpack_rows(table, index, 24, 128, 8).float() + x
+        return (
+            torch.ops.lowbit.linear_packed(rows, None, *integer),
+            torch.ops.lowbit.linear_packed(rows * 2, None, *floating) + 1,
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (5, 9) if backend == "aot_eager" else (5,):
+        arguments = torch.randn(rows, 128), torch.randint(24, (rows,))
+        for actual, expected in zip(
+            compiled(*arguments), linear(*arguments), strict=True
+        ):
             assert torch.equal(actual, expected)
 
 

@@ -63,9 +63,9 @@ def test_range_is_the_best_listed(grid: IntGrid, group_size: int | None) -> None
         s, z = grid.parameters(rows, ratio)
         listed.append(squared_error(rows, grid.encode(rows, s, z), s, z).view_as(error))
     errors = torch.stack(listed)
-    # Equal up to the float32 sum that chooses.
-    assert (error <= errors.amin(0) * (1 + 1e-5)).all()
-    assert (error <= errors[0] * (1 + 1e-5)).all()
+    # Equal up to the order of additions in float64.
+    assert (error <= errors.amin(0) * (1 + 1e-12)).all()
+    assert (error <= errors[0] * (1 + 1e-12)).all()
     chosen = (errors / error.clamp(min=1e-300) - 1).abs().argmin(0)
     if grid.bits <= 4:
         assert chosen.unique().numel() > 1, "the sample never clips"
@@ -137,13 +137,13 @@ def test_degenerate_rows(grid: IntGrid) -> None:
     weight[0] = 0
     weight[1], weight[2] = 0.3, -0.3
     weight[3, 7] = torch.nan
-    weight[4] *= 1e25  # The squared error overflows: no clipping then.
+    weight[4] = weight[5] * 2.0**80  # Its square does not fit float32.
     codes, scale, zero_point = quantize_weight(weight, grid, None)
     values = decode(codes, scale, zero_point)
     assert scale[0] == 1 and (values[0] == 0).all()
     assert torch.equal(values[1:3], weight[1:3])
     assert torch.isnan(scale[3]).all() and (codes[3] == 0).all()
-    assert torch.equal(scale[4], grid.parameters(weight[4])[0])
+    assert torch.equal(codes[4], codes[5]) and scale[4] == scale[5] * 2.0**80
     alone = quantize_weight(weight[5:], grid, None)
     assert torch.equal(codes[5:], alone[0]) and torch.equal(scale[5:], alone[1])
 

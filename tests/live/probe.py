@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM worker extension that records what the served kernels see and compute.
+"""A vLLM worker extension that records what the served operators get and compute.
 
 Loaded by the test server through ``--worker-extension-cls probe.Probe``; called over
-``/collective_rpc``. The kernels are opaque ops even in a compiled graph, so wrapping
-the functions they call shows the values of the real model.
+``/collective_rpc``. Operators are opaque even in a compiled graph, and implementations
+for the dispatch key CPU come before the registered ones: they see the real model.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +17,27 @@ class Probe:
 
     def lowbit_record(self) -> None:
         """Start recording every integer linear and every KV store."""
-        from vllm_lowbit.kernels.hadamard_quantize import reference as quantize
-        from vllm_lowbit.kernels.kv4_store import generic as store
-        from vllm_lowbit.kernels.linear_w4a4 import generic as linear
+        from vllm_lowbit.kernels.implementations import implementation
+        from vllm_lowbit.kernels.linear_packed.cpu import linear_packed
 
         self.seen: dict[str, list[Any]] = {"input": [], "linear": [], "kv": []}
-        self.undo = [
-            _wrap(quantize, "transform", lambda x, *_, out: self._keep("input", x)),
-            _wrap(
-                linear,
-                "accumulators",
-                lambda codes, zero, *_, out: self._keep("linear", codes, zero, out),
-            ),
-            _wrap(store, "encode_heads", lambda x, *_, out, **__: self._keep("kv", x)),
-        ]
+        observed = torch.library.Library("lowbit", "IMPL")
+        self.undo = [observed._destroy]
+        store = implementation("kv4_store")
+
+        def linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            out = linear_packed(x, *rest)
+            self._keep("input", x)
+            self._keep("linear", *_integers(x, *rest), out)
+            return out
+
+        def kv(key: torch.Tensor, value: torch.Tensor, *rest: Any) -> None:
+            store(key, value, *rest)
+            self._keep("kv", key)
+            self._keep("kv", value)
+
+        observed.impl("linear_packed", linear, "CPU")
+        observed.impl("kv4_store", kv, "CPU")
 
     def _keep(self, kind: str, *tensors: torch.Tensor) -> None:
         self.seen[kind].append([t.detach().clone() for t in tensors])
@@ -49,13 +55,46 @@ class Probe:
         save_file(tensors, path)
 
 
-def _wrap(module: Any, name: str, observe: Callable[..., None]) -> Callable[[], None]:
-    original = getattr(module, name)
+def _integers(
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    activation_bits: int,
+    symmetric: bool,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    weight_sum: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    weight_bits: int,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, zero points and sums ``[tokens, 1, n]`` inside a call of linear_packed.
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
-        observe(*args, **kwargs, out=out)
-        return out
+    By the same compiled kernels, on the live weight: with scales of one an output is
+    the accumulator, which float32 holds below 2^24.
+    """
+    from vllm_lowbit.kernels.hadamard_quantize.cpu import hadamard_quantize
+    from vllm_lowbit.kernels.linear_w4a4.cpu import PackedWeight, linear_w4a4
 
-    setattr(module, name, wrapped)
-    return lambda: setattr(module, name, original)
+    codes, scale, zero_point = hadamard_quantize(
+        x, input_scale, order, stride, activation_bits, symmetric
+    )
+    assert len(weight_scale) == 1
+    packed = PackedWeight(
+        weight, torch.ones_like(weight_scale), weight_zero, weight_sum
+    )
+    sums = linear_w4a4(
+        codes,
+        torch.ones_like(scale),
+        zero_point,
+        packed,
+        n,
+        weight_bits,
+        None,
+        torch.float32,
+    )
+    assert sums.abs().max() < 1 << 24
+    return codes, zero_point, sums.to(torch.int32).unsqueeze(1)

@@ -24,7 +24,7 @@ from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_conf
 from vllm_lowbit.kernels.hadamard_quantize.reference import hadamard_quantize
 from vllm_lowbit.kernels.kv4_store.layout import bytes_per_token
 from vllm_lowbit.kernels.kv4_store.reference import kv4_store
-from vllm_lowbit.kernels.linear_w4a4.reference import accumulators
+from vllm_lowbit.kernels.linear_w4a4.reference import accumulators, epilogue
 from vllm_lowbit.schema import scheme_from_name
 
 pytestmark = pytest.mark.live
@@ -114,7 +114,7 @@ def recorded(
 def test_codes_and_accumulators_are_the_reference(
     recorded: dict[str, torch.Tensor], model: str
 ) -> None:
-    """Every linear of the model, bit for bit, on the inputs the server gave it."""
+    """Every linear and its output, bit for bit, on the inputs the server gave it."""
     config = load_time_config(model, scheme_from_name("w4a4kv4"))
     linears = list(ReferenceLlama(model, config).linears.values())
     assert len(linears) == 6 * LINEARS
@@ -122,7 +122,7 @@ def test_codes_and_accumulators_are_the_reference(
         x = recorded[f"input.{i}.0"]
         assert x.dtype == torch.bfloat16
         grid, weight = linear.activations, linear.weight
-        codes, _, zero_point = hadamard_quantize(
+        codes, scale, zero_point = hadamard_quantize(
             x, weight.input_scale, linear.order, linear.stride, grid.bits, False
         )
         assert codes.unique().numel() == 16
@@ -130,6 +130,8 @@ def test_codes_and_accumulators_are_the_reference(
         assert torch.equal(recorded[f"linear.{i}.1"], zero_point)
         acc = accumulators(codes, zero_point, weight.codes, None, 1)
         assert torch.equal(recorded[f"linear.{i}.2"], acc)
+        out = epilogue(acc, scale, weight.scale, None, torch.bfloat16)
+        assert torch.equal(recorded[f"linear.{i}.3"], out)
 
 
 def test_pages_in_the_live_cache_are_the_reference_packing(
@@ -155,10 +157,10 @@ def test_log_tells_what_runs(server: SimpleNamespace) -> None:
     for role in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
         assert "weights int4" in classes[role]
         assert "activations int4" in classes[role]
-        assert "backend generic" in classes[role]
+        assert "backend cpu" in classes[role]
     assert classes["vocabulary"].startswith("embedding and head unquantized, no")
     assert "KV cache int4" in classes["attention"]
-    assert "backend generic" in classes["attention"]
+    assert "backend cpu" in classes["attention"]
 
 
 def test_metrics(server: SimpleNamespace) -> None:
@@ -172,7 +174,7 @@ def test_metrics(server: SimpleNamespace) -> None:
         "activations": "int4",
         "kv": "int4",
         "vocabulary": "unquantized",
-        "backend": "generic",
+        "backend": "cpu",
         "checkpoint": "plain",
     }
     per_token = re.search(r"^vllm_lowbit_kv_bytes_per_token (\S+)$", text, re.MULTILINE)

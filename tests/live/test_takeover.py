@@ -13,7 +13,7 @@ import torch
 
 from vllm_lowbit.calibrate.reference_model import ReferenceLlama
 from vllm_lowbit.kernels.hadamard_quantize.reference import hadamard_quantize
-from vllm_lowbit.kernels.linear_w4a4.reference import accumulators
+from vllm_lowbit.kernels.linear_w4a4.reference import accumulators, epilogue
 
 pytestmark = pytest.mark.live
 
@@ -81,17 +81,19 @@ def test_format(
 
 
 def check_integers(reference: Any, seen: dict[str, list[Any]]) -> None:
-    """4-bit codes and int32 sums of every linear, on the inputs the server gave it."""
+    """4-bit codes, int32 sums and outputs, on the inputs the server gave it."""
     linears = list(reference.linears.values())
     calls = list(zip(seen["input"], seen["linear"], strict=True))
     assert calls and len(calls) % len(linears) == 0
-    for linear, ([x], [codes, zero_point, sums]) in zip(cycle(linears), calls):
-        rows, _, zeros = hadamard_quantize(x, None, 1, 1, 4, True)
+    for linear, ([x], [codes, zero_point, sums, out]) in zip(cycle(linears), calls):
+        rows, scale, zeros = hadamard_quantize(x, None, 1, 1, 4, True)
         assert codes.dtype == torch.int8 and sums.dtype == torch.int32
         assert (codes.abs().amax(dim=1) == 7).all()
         assert torch.equal(codes, rows) and torch.equal(zero_point, zeros)
         wanted = accumulators(codes, zeros, linear.weight.codes, None, 1)
         assert torch.equal(sums, wanted)
+        finished = epilogue(wanted, scale, linear.weight.scale, None, out.dtype)
+        assert torch.equal(out, finished)
 
 
 def follow_attention(reference: ReferenceLlama, inputs: list[Any]) -> None:

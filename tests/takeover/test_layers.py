@@ -122,6 +122,7 @@ def test_shards(
     originals: dict[str, Path],
     engine: None,
     rank: tuple[int, int],
+    assert_kept: Any,
     kind: str,
     role: str,
 ) -> None:
@@ -129,20 +130,24 @@ def test_shards(
     directory = originals[kind]
     layer, foreign = build(directory, role), foreign_of(directory)
     load(directory, layer, role)
-    names = {name for name, _ in layer.named_parameters()}
-    assert names == {"weight", "weight_scale"} and layer.input_scale is None
+    assert layer.input_scale is None
+    assert all(name.startswith("weight") for name, _ in layer.named_parameters())
     dim = 0 if role in SHARDS else 1
-    weights, scales = [], []
+    codes, scales, zeros = [], [], []
     for part in FUSED[role]:
         n, k = SIZES[part]
         stored = stored_tensors(directory, layer, part)
         whole = foreign.convert(part, stored, n, k)
-        weights.append(cut(prepare(whole.codes, whole.zero_point), dim, rank))
+        prepared = prepare(whole.codes, whole.zero_point)
+        assert int(prepared.abs().max()) <= layer.quant_method.grid.max_difference
+        codes.append(cut(whole.codes, dim, rank))
         grouped = dim == 0 or whole.scale.shape[1] > 1
         scales.append(cut(whole.scale, dim, rank) if grouped else whole.scale)
-    assert torch.equal(layer.weight, torch.cat(weights))
-    assert torch.equal(layer.weight_scale, torch.cat(scales))
-    assert int(layer.weight.abs().max()) <= layer.quant_method.grid.max_difference
+        if whole.zero_point is not None:
+            zero = whole.zero_point
+            zeros.append(cut(zero, dim, rank) if grouped else zero)
+    zero_point = torch.cat(zeros) if zeros else None
+    assert_kept(layer, torch.cat(codes), torch.cat(scales), zero_point)
 
 
 def test_log_tells_the_format(
@@ -157,7 +162,7 @@ def test_log_tells_the_format(
     assert lines == [
         (
             "o_proj: weights int4 symmetric per channel, activations int4 symmetric "
-            "per token, no online Hadamard, backend generic, taken over from "
+            "per token, no online Hadamard, backend cpu, taken over from "
             "compressed-tensors pack-quantized"
         )
     ]
@@ -240,7 +245,7 @@ class TestFlag:
             "kv": "unquantized",
             "vocabulary": "unquantized",
             "rotation": "",
-            "backend": "generic",
+            "backend": "cpu",
             "checkpoint": "compressed-tensors pack-quantized",
         }
         assert REGISTRY.get_sample_value("vllm_lowbit_info", labels) == 1

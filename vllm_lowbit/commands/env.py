@@ -29,6 +29,7 @@ def env() -> None:
     except ValueError as error:
         console.print(f"vllm: {error}", style="red")
     console.print(f"device {device}: {_device_name(device)}")
+    console.print(f"CPU kernels {_cpu_kernels()}")
 
     table = Table("operator", "backend", "here", title="Backends")
     for operator in dispatch.OPERATORS:
@@ -43,6 +44,18 @@ def _version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _cpu_kernels() -> str:
+    """Instruction set of the compiled kernels, or why they do not run."""
+    from ..kernels.cpu import library
+
+    if reason := library.missing():
+        return f"none: {reason}"
+    try:
+        return f"{library.default_isa()}, here: {', '.join(library.isas())}"
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _device_name(device: str) -> str:

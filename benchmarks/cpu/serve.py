@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End to end: each arm in an engine of its own, and through vLLM's own commands."""
+
+from typing import Any
+
+from . import commands, engine
+from .arms import ARMS, OURS, STOCK
+from .options import Options
+
+NAME = "serve"
+ENGINE = "engine"
+
+
+def cells(options: Options) -> list[str]:
+    """The engine of every arm first, then the commands: one for every arm, two for the
+    arms that matter most."""
+    cells = [f"{kind}: {arm}" for kind in (ENGINE, "latency") for arm in ARMS]
+    return cells + [f"throughput: {arm}" for arm in (*STOCK, OURS)]
+
+
+def arm_of(cell: str) -> str:
+    """Name of the arm of a cell."""
+    return cell.partition(": ")[2]
+
+
+def measure(cell: str, options: Options) -> dict[str, Any]:
+    """One cell, see ``engine`` and ``commands``."""
+    kind, _, name = cell.partition(": ")
+    if kind == ENGINE:
+        return engine.measure(name, options)
+    return commands.measure(kind, name, options)
