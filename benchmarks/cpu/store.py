@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cells: each measured in a process of its own and kept in cpu.json at once."""
 
+import contextlib
 import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -129,15 +131,21 @@ def run_cell(
 def _wait(command: list[str], environment: dict[str, str], log: Any) -> int:
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
-        command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT
+        command,
+        cwd=root,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         return process.wait(TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return TIMED_OUT
     finally:
-        # Its engine ends with it.
-        process.terminate()
+        # An engine that outlived its cell would run beside the next one.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -9,7 +9,7 @@ from ..cpu import library
 from ..cpu.library import AttentionArguments, pointer, type_code
 from ..hadamard.cpu import arguments as transform_arguments
 from ..kv4_store.cpu import head_strides
-from ..kv4_store.layout import planes
+from ..kv4_store.layout import check_cache
 from .generic import score_factors, split_size
 from .reference import check_heads
 
@@ -35,14 +35,14 @@ def kv4_attention(
             lacks.
     """
     check_heads(query, kv_cache)
-    planes(kv_cache)
-    blocks, kv_heads, block_size, width = kv_cache.shape
+    cached = check_cache(kv_cache)
+    blocks, kv_heads, block_size, _ = kv_cache.shape
     split_size(block_size)
     if block_size % 16:
         raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
     tokens, heads, head_dim = query.shape
-    if head_dim != width - 8:
-        raise ValueError(f"query has head_dim {head_dim}, kv_cache {width - 8}")
+    if head_dim != cached:
+        raise ValueError(f"query has head_dim {head_dim}, kv_cache {cached}")
     table = block_table.to(torch.int32)
     table = table if table.stride(1) == 1 else table.contiguous()
     starts = query_start_loc.to(torch.int32).contiguous()

@@ -8,7 +8,7 @@ import torch
 from ..cpu import library
 from ..cpu.library import StoreArguments, type_code
 from ..hadamard.cpu import arguments as transform_arguments
-from .layout import planes
+from .layout import check_cache
 
 
 def head_strides(x: torch.Tensor, name: str) -> tuple[int, int]:
@@ -38,9 +38,9 @@ def kv4_store(
         ValueError: for arguments of another form, or a slot that the cache lacks; the
             other slots are written then.
     """
-    planes(kv_cache)
-    blocks, heads, block_size, width = kv_cache.shape
-    shape = (slot_mapping.shape[0], heads, width - 8)
+    head_dim = check_cache(kv_cache)
+    blocks, heads, block_size, _ = kv_cache.shape
+    shape = (slot_mapping.shape[0], heads, head_dim)
     for name, x in (("key", key), ("value", value)):
         if x.shape != shape or x.dtype != key.dtype:
             raise ValueError(

@@ -45,28 +45,39 @@ def check_head_dim(head_dim: int) -> None:
         raise ValueError(f"head_dim must be one of {HEAD_DIMS}, got {head_dim}")
 
 
-def planes(kv_cache: torch.Tensor) -> Planes:
-    """Split a cache into its planes.
+def check_cache(kv_cache: torch.Tensor) -> int:
+    """The head_dim of a cache.
 
     Args:
         kv_cache: uint8 ``[blocks, num_kv_heads, block_size, head_dim + 8]``; the
             last two dimensions contiguous, the others of any stride.
 
     Raises:
-        ValueError: for another dtype, rank or stride.
+        ValueError: for another dtype, rank, stride or head_dim.
     """
     if kv_cache.dtype != torch.uint8 or kv_cache.dim() != 4:
         raise ValueError(
             "kv_cache must be uint8 [blocks, num_kv_heads, block_size, head_dim + 8],"
             f" got {kv_cache.dtype} {list(kv_cache.shape)}"
         )
-    block_size, width = kv_cache.shape[2:]
+    width = kv_cache.shape[3]
     if kv_cache.stride()[2:] != (width, 1):
         raise ValueError(
             f"kv_cache pages must be contiguous, got strides {kv_cache.stride()}"
         )
     head_dim = width - PARAMETER_BYTES
     check_head_dim(head_dim)
+    return head_dim
+
+
+def planes(kv_cache: torch.Tensor) -> Planes:
+    """Split a cache into its planes.
+
+    Raises:
+        ValueError: as :func:`check_cache`.
+    """
+    head_dim = check_cache(kv_cache)
+    block_size, width = kv_cache.shape[2:]
     codes = block_size * head_dim // 2
     pages = kv_cache.as_strided(
         (*kv_cache.shape[:2], block_size * width), (*kv_cache.stride()[:2], 1)

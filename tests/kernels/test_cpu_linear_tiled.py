@@ -66,6 +66,17 @@ def test_integers_are_exact(isa: str, dtype: torch.dtype) -> None:
     assert torch.equal(out, (x.float() @ weight.float().t() + bias).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_instruction_sets_agree(dtype: torch.dtype) -> None:
+    """Products of 16-bit numbers are exact in float32, and added in one order."""
+    x, weight = torch.randn(9, 250).to(dtype), torch.randn(41, 250).to(dtype)
+    outs = []
+    for isa in library.isas():
+        with library.force_isa(isa):
+            outs.append(linear_tiled(x, weight, None))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
 @pytest.mark.parametrize(("k", "n"), [(64, 97), (224, 100), (1000, 63)])
 def test_rows_are_independent(
     isa: str,
