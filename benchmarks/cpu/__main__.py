@@ -7,8 +7,8 @@ Without a name all parts run. Every cell (one arm of one part) is measured in a 
 of its own and written to results/cpu.json at once; a cell that is there is not measured
 again, unless ``--again`` is given. ``report`` only writes cpu.md and the plots anew.
 
-Needs the packages ``matplotlib`` (plots) and ``gguf`` (llama.cpp's model) beside those
-of the ``calibrate`` extra. ``llama-cpp`` needs ``--llama-bench``, see
+Needs the extra ``bench`` (matplotlib for plots, gguf for llama.cpp's model).
+``llama-cpp`` needs ``--llama-bench``, see
 ``benchmarks/cpu/llama_cpp.py``. Models with random weights are written to ``--cache``,
 about 8 GB, once.
 """

@@ -136,7 +136,7 @@ def _wait(command: list[str], environment: dict[str, str], log: Any) -> int:
         env=environment,
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        process_group=0,
     )
     try:
         return process.wait(TIMEOUT_SECONDS)
