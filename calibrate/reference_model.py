@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama in plain torch that computes what the server is asked to compute.
 
-It runs the reference operators, one sequence at a time. The served model is tested
-against it; perplexities "by the reference" come from it.
+It runs the operators in the arithmetic that defines what every backend computes, one
+sequence at a time. The served model is tested against it; perplexities "by the
+reference" come from it.
 """
 
 from pathlib import Path
@@ -14,8 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ..architecture import LlamaShape, check_scheme, flag_only_rotations
 from ..checkpoint import check_plain_checkpoint
 from ..errors import ConfigError
-from ..kernels.grid import kv_decode, kv_encode, kv_parameters
-from ..kernels.hadamard.generic import hadamard
+from ..kernels.kv4_attention.generic import kv4_attention
+from ..kernels.kv4_store.generic import kv4_store
+from ..kernels.kv4_store.layout import bytes_per_token
 from ..lowbit_checkpoint import read_config
 from ..manifest import require_headers
 from ..rotations import check_rotations
@@ -24,6 +26,8 @@ from ..takeover.checkpoint import check_foreign_checkpoint, read_quantization
 from ..takeover.foreign import ForeignFormat
 from ..verification import Verification
 from .reference_weights import WeightReader
+
+_BLOCK_SIZE = 16
 
 
 def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
@@ -157,19 +161,40 @@ class ReferenceLlama:
             [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1
         )
         q, k = (self._rope(t, cos, sin) for t in (q, k))
-        if self.config is not None and self.config.rotations.k is not None:
-            q, k = hadamard(q, shape.head_dim), hadamard(k, shape.head_dim)
         if self.config is not None and self.config.scheme.kv_cache.bits == 4:
-            k, v = _through_cache(k), _through_cache(v)
-        group = shape.num_heads // shape.num_kv_heads
-        k, v = (t.repeat_interleave(group, dim=1).double() for t in (k, v))
-        scores = torch.einsum("qhd,thd->hqt", q.double(), k) * shape.head_dim**-0.5
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        attended = torch.einsum("hqt,thd->qhd", probabilities, v)
+            rotate = self.config.rotations.k is not None
+            attended = _attend_through_cache(q, k, v, rotate)
+        else:
+            attended = _attend(q, k, v)
         return self._round(attended.flatten(1))
 
 
-def _through_cache(x: torch.Tensor) -> torch.Tensor:
-    scale, zero = kv_parameters(x)
-    return kv_decode(kv_encode(x, scale, zero), scale, zero)
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention in float64 of ``[tokens, heads, head_dim]``."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, dim=1).double() for t in (k, v))
+    scores = torch.einsum("qhd,thd->hqt", q.double(), k) * q.shape[2] ** -0.5
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    probabilities = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqt,thd->qhd", probabilities, v)
+
+
+def _attend_through_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotate: bool
+) -> torch.Tensor:
+    """The same over packed pages, by the operators that are served.
+
+    Their fixed point is part of what runs: a 4-bit code of the next layer may hang on
+    its last bit.
+    """
+    tokens, head_dim = len(q), q.shape[2]
+    blocks = -(-tokens // _BLOCK_SIZE)
+    cache = torch.zeros(
+        blocks, k.shape[1], _BLOCK_SIZE, bytes_per_token(head_dim), dtype=torch.uint8
+    )
+    kv4_store(k, v, cache, torch.arange(tokens), rotate)
+    table = torch.arange(blocks, dtype=torch.int32).unsqueeze(0)
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    lengths = starts[1:]
+    scale = head_dim**-0.5
+    return kv4_attention(q, cache, table, starts, lengths, scale, None, None, rotate)

@@ -17,8 +17,9 @@ from ..checkpoint import safetensors_files
 from ..kernels.grid import IntGrid
 from ..kernels.hadamard.signs import random_signs
 from ..kernels.hadamard_quantize.reference import hadamard_quantize, transform
+from ..kernels.linear_w4a4.generic import prepare
 from ..kernels.linear_w4a4.reference import linear_w4a4
-from ..kernels.linear_wna16.reference import linear_wna16
+from ..kernels.linear_wna16.generic import linear_wna16
 from ..kernels.quantize_weight.reference import quantize_weight
 from ..load_time import (
     FUSED,
@@ -32,6 +33,8 @@ from ..schema import LowbitConfig, Rotation, Weights
 from ..takeover.foreign import ForeignFormat
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+# Of 8-bit codes less their zero point, or of narrower ones.
+_WEIGHT_MAX = 1 << 8
 _LINEARS = (
     ("self_attn", "qkv_proj"),
     ("self_attn", "o_proj"),
@@ -62,8 +65,8 @@ class QuantizedLinear:
         weight, dtype = self.weight, torch.float32
         if self.activations is None:
             rotated = transform(x, weight.input_scale, self.order, self.stride)
-            return linear_wna16(
-                rotated, weight.codes, weight.scale, weight.zero_point, self.bias, dtype
+            return _weight_only(
+                rotated, weight.codes, weight.scale, weight.zero_point, self.bias
             )
         grid = self.activations
         codes, scale, zero_point = hadamard_quantize(
@@ -102,7 +105,7 @@ class VocabularyMatrix:
         """float32 ``[tokens, vocabulary]`` of ``x [tokens, hidden]``."""
         if self.scale is None:
             return torch.nn.functional.linear(x, self.values)
-        return linear_wna16(x, self.values, self.scale, None, None, torch.float32)
+        return _weight_only(x, self.values, self.scale, None, None)
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,21 @@ class WeightReader:
         )
         codes = stored.codes(module, columns, weights)
         return QuantizedWeight(codes, stored.scale, stored.zero_point, None)
+
+
+def _weight_only(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """float32 ``[tokens, n]``, in the fixed point that is served.
+
+    A 4-bit code of the KV cache, or a bfloat16 logit, may hang on its last bit.
+    """
+    weight = prepare(codes, zero_point)
+    return linear_wna16(x, weight, scale, bias, _WEIGHT_MAX, torch.float32)
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
