@@ -86,8 +86,12 @@ LOWBIT_INLINE void tile_steps(const int8_t* a, const uint8_t* p, size_t stride,
   }
 }
 
-// How far ahead weights are fetched; the hardware does not look beyond a page.
+// How far ahead weights are fetched, in each block of a tile or in the one stream of
+// them; the hardware does not look beyond a page.
 constexpr size_t PREFETCH_BYTES = 1024;
+constexpr size_t STREAM_PREFETCH_BYTES = 4096;
+// Up to here a tile waits for memory.
+constexpr int STREAM_ROWS = 3;
 
 // One register tile: out[r][16 b + l] = sum over columns of a[r] times channel l of
 // block b, modulo 2^32.
@@ -126,18 +130,44 @@ LOWBIT_INLINE void tile(const int8_t* a, const uint8_t* w, size_t stride,
   }
 }
 
-template <int BITS, int S = 0>
-LOWBIT_INLINE void unpack_chunk(const uint8_t* p, uint8_t* out) {
-  store_bytes(out + 64 * S, Chunk<BITS>::template field<S>(p));
-  if constexpr (S + 1 < Chunk<BITS>::STEPS) unpack_chunk<BITS, S + 1>(p, out);
-}
-
-// Unpack a block's chunks to one byte a field, the layout of Chunk<8>.
-template <int BITS>
-LOWBIT_INLINE void unpack_block(const uint8_t* w, size_t chunks, uint8_t* out) {
+// A tile of few rows, which reads weights faster than it multiplies them: block after
+// block, so that memory is one stream, with `SIDES` sums a row in flight.
+template <int BITS, int ROWS, int BLOCKS>
+LOWBIT_INLINE void stream_tile(const int8_t* a, const uint8_t* w, size_t stride,
+                               size_t chunks, int32_t* out) {
   using C = Chunk<BITS>;
-  for (size_t c = 0; c < chunks; ++c) {
-    unpack_chunk<BITS>(w + c * C::BYTES, out + 64 * C::STEPS * c);
+  constexpr size_t SIDES = ROWS == 1 ? 4 : 2;
+  for (int b = 0; b < BLOCKS; ++b) {
+    Sums sums[SIDES][ROWS][1];
+#pragma GCC unroll 8
+    for (size_t side = 0; side < SIDES; ++side) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) sums[side][r][0] = zero_sums();
+    }
+    const uint8_t* p = w + b * stride;
+    const int8_t* columns = a;
+    size_t c = 0;
+    for (; c + SIDES <= chunks; c += SIDES) {
+#pragma GCC unroll 8
+      for (size_t side = 0; side < SIDES; ++side) {
+        for (int line = 0; line < C::BYTES; line += 64) {
+          __builtin_prefetch(p + line + STREAM_PREFETCH_BYTES);
+        }
+        tile_steps<BITS, ROWS, 1>(columns, p, 0, sums[side]);
+        p += C::BYTES;
+        columns += 4 * C::STEPS * ROWS;
+      }
+    }
+    for (; c < chunks; ++c, p += C::BYTES, columns += 4 * C::STEPS * ROWS) {
+      tile_steps<BITS, ROWS, 1>(columns, p, 0, sums[0]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      Sums sum = sums[0][r][0];
+#pragma GCC unroll 8
+      for (size_t side = 1; side < SIDES; ++side) sum = add_sums(sum, sums[side][r][0]);
+      store_sums(out + 16 * (TILE_BLOCKS * r + b), sum);
+    }
   }
 }
 
@@ -146,7 +176,11 @@ using Tile = void (*)(const int8_t*, const uint8_t*, size_t, size_t, int32_t*);
 template <int BITS, int ROWS, int BLOCKS>
 void tile_function(const int8_t* a, const uint8_t* w, size_t stride, size_t chunks,
                    int32_t* out) {
-  tile<BITS, ROWS, BLOCKS>(a, w, stride, chunks, out);
+  if constexpr (ROWS <= STREAM_ROWS) {
+    stream_tile<BITS, ROWS, BLOCKS>(a, w, stride, chunks, out);
+  } else {
+    tile<BITS, ROWS, BLOCKS>(a, w, stride, chunks, out);
+  }
 }
 
 // The tile of a size known at run time: rows in [1, TILE_ROWS], blocks in

@@ -41,6 +41,7 @@ using Sums = __m512i;
 LOWBIT_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 LOWBIT_INLINE void store_bytes(uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x); }
 LOWBIT_INLINE Sums zero_sums() { return _mm512_setzero_si512(); }
+LOWBIT_INLINE Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 LOWBIT_INLINE void store_sums(int32_t* p, Sums x) { _mm512_storeu_si512(p, x); }
 
 template <int MASK>
@@ -105,6 +106,9 @@ LOWBIT_INLINE void store_bytes(uint8_t* p, Bytes x) {
 }
 LOWBIT_INLINE Sums zero_sums() {
   return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+LOWBIT_INLINE Sums add_sums(Sums a, Sums b) {
+  return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
 }
 LOWBIT_INLINE void store_sums(int32_t* p, Sums x) {
   store_half(p, x.low);
@@ -197,6 +201,10 @@ LOWBIT_INLINE Bytes load_bytes(const uint8_t* p) {
 }
 LOWBIT_INLINE void store_bytes(uint8_t* p, Bytes x) { memcpy(p, x.at, 64); }
 LOWBIT_INLINE Sums zero_sums() { return {}; }
+LOWBIT_INLINE Sums add_sums(Sums a, Sums b) {
+  for (int l = 0; l < 16; ++l) a.at[l] = int32_t(uint32_t(a.at[l]) + uint32_t(b.at[l]));
+  return a;
+}
 LOWBIT_INLINE void store_sums(int32_t* p, Sums x) { memcpy(p, x.at, 64); }
 
 template <int MASK>

@@ -43,6 +43,31 @@ LOWBIT_INLINE void butterflies_in_lanes(double* a, size_t n) {
   }
 }
 
+// STAGES stages of distance h, 2 h, ... on whole vectors, held in registers between.
+template <int STAGES>
+LOWBIT_INLINE void butterflies(double* a, size_t n, size_t h) {
+  constexpr size_t POINTS = 1 << STAGES;
+  for (size_t i = 0; i < n; i += POINTS * h) {
+    for (size_t j = i; j < i + h; j += LANES) {
+      Doubles x[POINTS];
+#pragma GCC unroll 8
+      for (size_t p = 0; p < POINTS; ++p) memcpy(&x[p], a + j + p * h, sizeof x[p]);
+#pragma GCC unroll 3
+      for (size_t bit = 1; bit < POINTS; bit *= 2) {
+#pragma GCC unroll 8
+        for (size_t p = 0; p < POINTS; ++p) {
+          if (p & bit) continue;
+          const Doubles u = x[p], v = x[p | bit];
+          x[p] = u + v;
+          x[p | bit] = u - v;
+        }
+      }
+#pragma GCC unroll 8
+      for (size_t p = 0; p < POINTS; ++p) memcpy(a + j + p * h, &x[p], sizeof x[p]);
+    }
+  }
+}
+
 // Sylvester transform along the first dimension of a[power][inner].
 LOWBIT_INLINE void sylvester(double* a, size_t power, size_t inner) {
   const size_t n = power * inner;
@@ -50,6 +75,12 @@ LOWBIT_INLINE void sylvester(double* a, size_t power, size_t inner) {
   if (inner == 1 && power >= size_t(LANES)) {
     butterflies_in_lanes(a, n);
     h = LANES;
+  }
+  if (h % LANES == 0) {
+    for (; 8 * h <= n; h *= 8) butterflies<3>(a, n, h);
+    if (4 * h == n) butterflies<2>(a, n, h);
+    if (2 * h == n) butterflies<1>(a, n, h);
+    return;
   }
   for (; h < n; h *= 2) {
     for (size_t i = 0; i < n; i += 2 * h) {

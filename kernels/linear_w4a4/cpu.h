@@ -175,17 +175,88 @@ LOWBIT_INLINE int thread_count() {
 
 // Rows of activations that a core keeps in its second-level cache.
 constexpr size_t CACHED_ACTIVATIONS = 512 << 10;
-// From this many tiles on, unpacking a panel once beats unpacking it in each.
-constexpr size_t UNPACK_TILES = 4;
+// Columns of a panel that all tiles read before the next are fetched: they stay in the
+// nearest caches. One tile reads a single stream.
+constexpr size_t SECTION_COLUMNS = 2048;
 
-// out[m, n] = rows x weight; see linear_w4a4/reference.py for the order of roundings.
+// Packed activations of some tokens: of a tile [groups][columns / 4][rows][4].
+struct PackedRows {
+  const int8_t* bytes;
+  const int32_t* sums;  // [rows][groups]
+};
+
+// The tiles [first, last) times the channels of `blocks` blocks from `block` on; see
+// linear_w4a4/reference.py for the order of roundings.
+template <int BITS, class Rows>
+void multiply_panel(const Rows& rows, const PackedRows& packed, const Weight& w,
+                    const Tiling& tiling, size_t first, size_t last, size_t block,
+                    size_t blocks, int type, void* out) {
+  constexpr size_t STEPS = Chunk<BITS>::STEPS, TOKENS = TILE_ROWS / Rows::DIGITS;
+  constexpr size_t SUMS = TILE_ROWS * PANEL, TOTALS = TOKENS * PANEL;
+  using Total = typename Rows::Total;
+  const Geometry<BITS> g(w);
+  const size_t width = w.groups * g.padded, tiles = last - first;
+  const Tiling sections(g.chunks, tiles > 1 ? SECTION_COLUMNS / (4 * STEPS) : g.chunks);
+  static thread_local Scratch product_scratch, total_scratch;
+  int32_t* const products = product_scratch.take<int32_t>(tiles * SUMS);
+  Total* const totals = total_scratch.take<Total>(tiles * TOTALS);
+  const size_t channel = 16 * block;
+  const int count = int(16 * blocks);
+
+  for (size_t part = 0; part < w.groups * sections.tiles; ++part) {
+    const size_t group = part / sections.tiles, section = part % sections.tiles;
+    const size_t begin = sections.begin(section);
+    const size_t chunks = sections.begin(section + 1) - begin;
+    const size_t column = group * g.padded + 4 * STEPS * begin;
+    const uint8_t* fields = w.fields + block * g.block_bytes + group * g.group_bytes +
+                            begin * Chunk<BITS>::BYTES;
+    for (size_t t = first; t < last; ++t) {
+      const size_t token = tiling.begin(t), tokens = tiling.begin(t + 1) - token;
+      const size_t height = tokens * Rows::DIGITS;
+      const Tile compute = find_tile<BITS>(int(height), int(blocks));
+      const int8_t* a = packed.bytes + token * Rows::DIGITS * width + column * height;
+      int32_t* const sums = products + (t - first) * SUMS;
+      if (section == 0) {
+        compute(a, fields, g.block_bytes, chunks, sums);
+      } else {
+        alignas(64) int32_t more[SUMS];
+        compute(a, fields, g.block_bytes, chunks, more);
+        for (size_t i = 0; i < height * PANEL; ++i) {
+          sums[i] = int32_t(uint32_t(sums[i]) + uint32_t(more[i]));
+        }
+      }
+      if (section + 1 < sections.tiles) continue;
+      for (size_t i = 0; i < tokens; ++i) {
+        int32_t of_digits[Rows::DIGITS];
+        for (size_t d = 0; d < Rows::DIGITS; ++d) {
+          const size_t row = (token + i) * Rows::DIGITS + d;
+          of_digits[d] = packed.sums[row * w.groups + group];
+        }
+        rows.add(token + i, w, group, 16 * g.blocks, channel, count,
+                 sums + i * Rows::DIGITS * PANEL, of_digits, group == 0,
+                 totals + (t - first) * TOTALS + i * PANEL);
+      }
+    }
+  }
+  const size_t live = smaller(size_t(count), w.n - channel);
+  for (size_t t = first; t < last; ++t) {
+    for (size_t token = tiling.begin(t); token < tiling.begin(t + 1); ++token) {
+      alignas(64) float result[PANEL];
+      rows.finish(token, w.bias == nullptr ? nullptr : w.bias + channel, int(live),
+                  totals + (t - first) * TOTALS + (token - tiling.begin(t)) * PANEL,
+                  result);
+      write_floats(result, live, type,
+                   static_cast<char*>(out) + (token * w.n + channel) * type_bytes(type));
+    }
+  }
+}
+
+// out[m, n] = rows x weight.
 template <int BITS, class Rows>
 void linear(const Rows& rows, const Weight& w, size_t m, int type, void* out) {
   const Geometry<BITS> g(w);
-  constexpr size_t TOKENS = TILE_ROWS / Rows::DIGITS;
-  const Tiling tiling(m, TOKENS);
+  const Tiling tiling(m, TILE_ROWS / Rows::DIGITS);
   const size_t width = w.groups * g.padded;  // bytes of a packed row
-  const size_t ld = 16 * g.blocks;
   static thread_local Scratch byte_scratch, sum_scratch;
   int8_t* const bytes = byte_scratch.take<int8_t>(m * Rows::DIGITS * width);
   int32_t* const sums = sum_scratch.take<int32_t>(m * Rows::DIGITS * w.groups);
@@ -195,13 +266,14 @@ void linear(const Rows& rows, const Weight& w, size_t m, int type, void* out) {
   size_t panel = smaller(TILE_BLOCKS, (g.blocks + threads - 1) / threads);
   panel = panel == 0 ? 1 : panel;
   const size_t panels = (g.blocks + panel - 1) / panel;
-  size_t chunk = CACHED_ACTIVATIONS / (TILE_ROWS * width);
-  chunk = chunk < UNPACK_TILES ? UNPACK_TILES : chunk;
-  const size_t row_chunks = (tiling.tiles + chunk - 1) / chunk;
+  const size_t section = TILE_ROWS * smaller(width, SECTION_COLUMNS);
+  const size_t chunk = CACHED_ACTIVATIONS / section;
+  // Of even size: each is a task, and a thread gets as many of one as of another.
+  const Tiling chunking(tiling.tiles, chunk);
 
 #pragma omp parallel
   {
-    static thread_local Scratch line_scratch, panel_scratch;
+    static thread_local Scratch line_scratch;
     int8_t* const line = line_scratch.take<int8_t>(g.padded * Rows::DIGITS);
 #pragma omp for schedule(static)
     for (size_t t = 0; t < tiling.tiles; ++t) {
@@ -210,63 +282,13 @@ void linear(const Rows& rows, const Weight& w, size_t m, int type, void* out) {
                       bytes + token * Rows::DIGITS * width,
                       sums + token * Rows::DIGITS * w.groups);
     }
-    uint8_t* unpacked = nullptr;
-    if (BITS < 8 && tiling.tiles >= UNPACK_TILES) {
-      unpacked = panel_scratch.take<uint8_t>(panel * 16 * width);
-    }
 #pragma omp for schedule(static)
-    for (size_t task = 0; task < panels * row_chunks; ++task) {
+    for (size_t task = 0; task < panels * chunking.tiles; ++task) {
       const size_t block = task % panels * panel;
-      const size_t first = task / panels * chunk;
-      const size_t last = smaller(first + chunk, tiling.tiles);
-      const size_t blocks = smaller(panel, g.blocks - block);
-      const uint8_t* fields = w.fields + block * g.block_bytes;
-      size_t stride = g.block_bytes, group_bytes = g.group_bytes, chunks = g.chunks;
-      const bool unpack = unpacked != nullptr && last - first >= UNPACK_TILES;
-      if (unpack) {
-        stride = 16 * width;
-        for (size_t b = 0; b < blocks; ++b) {
-          unpack_block<BITS>(fields + b * g.block_bytes, w.groups * g.chunks,
-                             unpacked + b * stride);
-        }
-        fields = unpacked;
-        group_bytes = 16 * g.padded;
-        chunks = g.padded / 4;
-      }
-      const size_t channel = 16 * block;
-      const int count = int(16 * blocks);
-      for (size_t t = first; t < last; ++t) {
-        const size_t token = tiling.begin(t), tokens = tiling.begin(t + 1) - token;
-        const size_t height = tokens * Rows::DIGITS;
-        const Tile compute = unpack ? find_tile<8>(int(height), int(blocks))
-                                    : find_tile<BITS>(int(height), int(blocks));
-        const int8_t* a = bytes + token * Rows::DIGITS * width;
-        const int32_t* digit_sums = sums + token * Rows::DIGITS * w.groups;
-        alignas(64) int32_t products[TILE_ROWS * PANEL];
-        alignas(64) typename Rows::Total totals[TOKENS * PANEL];
-        for (size_t group = 0; group < w.groups; ++group) {
-          compute(a + group * g.padded * height, fields + group * group_bytes, stride,
-                  chunks, products);
-          for (size_t i = 0; i < tokens; ++i) {
-            int32_t of_digits[Rows::DIGITS];
-            for (int d = 0; d < Rows::DIGITS; ++d) {
-              of_digits[d] = digit_sums[(i * Rows::DIGITS + d) * w.groups + group];
-            }
-            rows.add(token + i, w, group, ld, channel, count,
-                     products + i * Rows::DIGITS * PANEL, of_digits, group == 0,
-                     totals + i * PANEL);
-          }
-        }
-        for (size_t i = 0; i < tokens; ++i) {
-          alignas(64) float result[PANEL];
-          const size_t live = smaller(size_t(count), w.n - channel);
-          rows.finish(token + i, w.bias == nullptr ? nullptr : w.bias + channel,
-                      int(live), totals + i * PANEL, result);
-          char* to = static_cast<char*>(out) +
-                     ((token + i) * w.n + channel) * type_bytes(type);
-          write_floats(result, live, type, to);
-        }
-      }
+      multiply_panel<BITS>(rows, {bytes, sums}, w, tiling,
+                           chunking.begin(task / panels),
+                           chunking.begin(task / panels + 1), block,
+                           smaller(panel, g.blocks - block), type, out);
     }
   }
 }
