@@ -313,6 +313,14 @@ def _transforms(card: Card) -> dict[str, str]:
             rows[_PLACES[name]] = _rotation(rotation)
     if card.recipe.transforms.equalize:
         rows["between up and down, v and o"] = "scales from weights and inputs, folded"
+    if card.recipe.transforms.smooth is not None:
+        rows["between norms and linears, up and down, v and o"] = (
+            f"SmoothQuant's scales, alpha {card.recipe.transforms.smooth}, folded"
+        )
+    if card.recipe.weights.method == "omniquant":
+        let = card.recipe.omniquant.let
+        if card.config.scheme.activations.bits != 16 if let is None else let:
+            rows["the same, q and k too"] = "scales that OmniQuant learned, folded"
     return rows
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ: rounding that makes up for each column's error in the columns after it.
+"""GPTQ and GPTAQ: rounding that makes up for each column's error in those after it.
 
 Frantar et al., GPTQ, 2023, section 3.3: columns are quantized one after another with
 the Cholesky factor of the inverse Hessian, in blocks so that most updates are GEMMs.
+Li et al., GPTAQ, 2025, section 4: the output to keep is that of the float inputs, so
+each column also hands on what its input has drifted from the float model's.
 """
 
 from dataclasses import dataclass
@@ -22,25 +24,47 @@ class GPTQOptions:
         damping: fraction of the Hessian's mean diagonal that is added to it.
         block_size: columns between two updates of the rest.
         act_order: take the columns by decreasing Hessian diagonal.
+        correction: fraction of the inputs' drift that is made up for; of all of it,
+            much is fitted to the calibration text alone.
     """
 
     damping: float = 0.01
     block_size: int = 128
     act_order: bool = False
+    correction: float = 0.25
 
 
 class Hessian:
-    """``X^T X`` of a linear's inputs, in float64, over any number of calls."""
+    """Sums over a linear's inputs, in float64, over any number of calls.
+
+    Attributes:
+        sum: ``X^T X`` of the inputs X that it reads, ``[columns, columns]``.
+        drift: ``(X' - X)^T X`` where X' are those of the float model; None while
+            none were given.
+    """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self.drift: torch.Tensor | None = None
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add the rows of x ``[..., columns]``, as the linear reads them."""
+    def add(self, x: torch.Tensor, plain: torch.Tensor | None = None) -> None:
+        """Add the rows of x ``[..., columns]``, as the linear reads them.
+
+        Args:
+            x: the inputs.
+            plain: those of the float model, of the same shape.
+        """
         rows = x.flatten(0, -2)
         # float32 over a few thousand rows, float64 across.
         for part in rows.split(4096):
             self.sum += (part.t() @ part).double()
+        if plain is None:
+            return
+        if self.drift is None:
+            self.drift = torch.zeros_like(self.sum)
+        difference = plain.flatten(0, -2) - rows
+        for moved, part in zip(difference.split(4096), rows.split(4096), strict=True):
+            self.drift += (moved.t() @ part).double()
 
 
 def gptq(
@@ -50,6 +74,7 @@ def gptq(
     group_size: int | None,
     options: GPTQOptions,
     name: str,
+    drift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize a weight so that its outputs on the calibration inputs change least.
 
@@ -63,6 +88,7 @@ def gptq(
         group_size: elements of k that share a scale; None for whole rows.
         options: damping, block size, order.
         name: of the linear, for errors.
+        drift: float64 ``[k, k]``, of :class:`Hessian`; makes it GPTAQ.
 
     Returns:
         codes int8 ``[n, k]``, scale float32 and zero_point int32 ``[n, groups]``.
@@ -79,9 +105,15 @@ def gptq(
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], options.damping, name)
     columns = order // size
+    handed_on = None
+    if drift is not None:
+        # Row i, right of i: i's drift in least squares of the columns after it.
+        moved = (drift[order][:, order] @ factor.t()).triu(1) @ factor
+        handed_on = (options.correction * moved).to(weight.dtype)
     codes = _round_columns(
         weight[:, order],
         factor.to(weight.dtype),
+        handed_on,
         grid,
         scale[:, columns],
         zero_point[:, columns],
@@ -117,6 +149,7 @@ def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.T
 def _round_columns(
     weight: torch.Tensor,
     factor: torch.Tensor,
+    handed_on: torch.Tensor | None,
     grid: IntGrid,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
@@ -136,5 +169,9 @@ def _round_columns(
             error = error / factor[i, i]
             errors[i - start] = error
             rest[i + 1 : end] -= factor[i, i + 1 : end].unsqueeze(1) * error
+            if handed_on is not None:
+                rest[i + 1 : end] += handed_on[i, i + 1 : end].unsqueeze(1) * rest[i]
         rest[end:] -= factor[start:end, end:].t() @ errors
+        if handed_on is not None:
+            rest[end:] += handed_on[start:end, end:].t() @ rest[start:end]
     return codes.t().contiguous()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama decoder layer in stages, in any float dtype, with quantizers that can be off.
 
-Calibration runs it over many windows at once. It uses the serving grids but float
-GEMMs; ``reference_model.py`` is the bit-exact mirror of the server.
+Calibration runs it over many windows at once, and gradients pass straight through its
+quantizers. It uses the serving grids but float GEMMs; ``reference_model.py`` is the
+bit-exact mirror of the server.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..architecture import LlamaShape
 from ..kernels.grid import IntGrid, decode, kv_decode, kv_encode, kv_parameters
+from .straight_through import straight_through
 from .transforms import Orthogonal
 
 # Linears of a layer that read the same input, in the order they run.
@@ -24,6 +26,7 @@ STAGES = {
     "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
     "down_input": ("mlp.down_proj",),
 }
+LINEARS = tuple(name for names in STAGES.values() for name in names)
 # The two that end in a sum into the residual stream.
 RESIDUAL_STAGES = ("o_input", "down_input")
 Observer = Callable[[str, torch.Tensor], None]
@@ -130,7 +133,9 @@ class LlamaStages:
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """x on the activation grid, per token."""
         grid = self.online.activations
-        return x if grid is None else decode(*grid.quantize(x))
+        if grid is None:
+            return x
+        return straight_through(x, decode(*grid.quantize(x.detach())))
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -157,5 +162,7 @@ class LlamaStages:
 
 def through_cache(x: torch.Tensor) -> torch.Tensor:
     """x ``[..., head_dim]`` quantized to the 4-bit cache and read back."""
-    scale, zero = kv_parameters(x)
-    return kv_decode(kv_encode(x, scale, zero), scale, zero).to(x.dtype)
+    values = x.detach()
+    scale, zero = kv_parameters(values)
+    decoded = kv_decode(kv_encode(values, scale, zero), scale, zero)
+    return straight_through(x, decoded.to(x.dtype))

@@ -6,6 +6,7 @@ one through what has been quantized so far, so that each linear is fitted to the
 it will really see. One layer's weights are in memory at a time.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,17 @@ from ..errors import CalibrationError, ConfigError
 from ..load_time import check_finite
 from ..lowbit_checkpoint import expected_tensors
 from ..schema import LowbitConfig, Provenance
+from .block import Block, through
 from .equalize import InputPower, up_scale, value_scale
-from .gptq import Hessian
+from .layer import LayerModels, QuantizedLayer, StageQuantizer, Streams, layer_errors
 from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
+from .omniquant import OmniQuant, OmniQuantOptions
 from .plan import Transforms, online, plan
 from .publish import Losses, Report, publish
-from .quantize import quantize_linear
 from .recipe import Recipe
+from .record import CALIBRATION, CalibrationRecord
+from .refine import LearnedLayer, RefinedModel, refine_layer, refine_model
+from .smooth import smooth_scales
 from .source import Source
 from .text import calibration_windows
 from .transforms import LayerTransforms, fold_layer
@@ -75,15 +80,17 @@ def calibrate(
     )
     config = plan(source.shape, recipe, f"{model}/config.json", provenance)
     samples, seq_len = recipe.data.samples, recipe.data.seq_len
-    count = samples + held_out_windows(samples)
-    windows = calibration_windows(
-        str(source.directory), text, count, seq_len, recipe.seed
+    held_out, used = held_out_windows(samples), recipe.training_samples()
+    everything = calibration_windows(
+        str(source.directory), text, used + held_out, seq_len, recipe.seed
     )
-    run = Calibration(source, config, recipe, windows, device, progress)
+    windows = torch.cat((everything[:samples], everything[used:]))
+    training = everything[:used]
+    run = Calibration(source, config, recipe, windows, training, device, progress)
     with CheckpointWriter(output, run.specs()) as writer:
-        calibration, held_out = run.run(writer)
-        tokens = (count - samples) * (seq_len - 1)
-        report = Report(config, calibration, held_out, tokens)
+        losses = run.run(writer)
+        report = Report(config, *losses, held_out * (seq_len - 1))
+        writer.write_text(CALIBRATION, run.record.text())
         publish(writer, source, recipe, text, report)
     return report
 
@@ -104,12 +111,24 @@ def choose_device(device: str) -> str:
     return device
 
 
+def _module(index: int) -> str:
+    return f"model.layers.{index}"
+
+
+def _prefix(index: int) -> str:
+    return f"{_module(index)}."
+
+
 class Calibration:
     """One run over a model; arguments as in :func:`calibrate`.
 
     Args:
         windows: token ids ``[windows, tokens]``; those after ``recipe.data.samples``
             are only measured on.
+        training: token ids of the windows that the whole model is trained on.
+
+    Attributes:
+        record: what training and quantization measured.
     """
 
     def __init__(
@@ -118,18 +137,38 @@ class Calibration:
         config: LowbitConfig,
         recipe: Recipe,
         windows: torch.Tensor,
+        training: torch.Tensor,
         device: str,
         progress: Progress,
     ) -> None:
         self.source, self.config, self.recipe = source, config, recipe
-        self.shape, self.device, self.windows = source.shape, device, windows
+        self.shape, self.device = source.shape, device
+        self.windows, self.training = windows, training
         self.transforms = Transforms.of(self.shape, config.rotations)
         hf_config = LlamaConfig.from_pretrained(source.directory)
         served = online(config.scheme, self.transforms)
         self.plain = LlamaStages(hf_config, self.shape, device=device)
-        self.served = LlamaStages(hf_config, self.shape, served, device)
+        rotated = replace(served, activations=None, kv4=False)
+        self.models = LayerModels(
+            served=LlamaStages(hf_config, self.shape, served, device),
+            plain=LlamaStages(hf_config, self.shape, rotated, device),
+        )
         self.progress = progress
         self.chunk = max(1, CHUNK_TOKENS // windows.shape[1])
+        self.total = self.shape.num_layers * LINEARS_PER_LAYER
+        if recipe.refine.scope == "model":
+            self.total += recipe.refine.steps
+        self.record = CalibrationRecord()
+        samples, scheme = recipe.data.samples, config.scheme
+        self.quantizer = StageQuantizer(
+            self.models, scheme, recipe.weights, samples, self.chunk
+        )
+        options = OmniQuantOptions.of(recipe.omniquant, scheme, recipe.seed)
+        learns_scales = recipe.weights.method == "omniquant" and options.let
+        self.alpha = options.alpha if learns_scales else recipe.transforms.smooth
+        self.omniquant = OmniQuant(
+            self.models, scheme, options, samples, self.chunk, self.record
+        )
 
     def specs(self) -> dict[str, TensorSpec]:
         """What will be written, floats in the dtype of the base model."""
@@ -146,7 +185,8 @@ class Calibration:
 
         Raises:
             CheckpointError: naming a tensor of the base model that is not finite.
-        CalibrationError: naming the layer whose output is not finite.
+            CalibrationError: naming the layer whose output, or the training whose
+                loss, is not finite.
         """
         plain = plain_vocabulary(self.source)
         served = served_vocabulary(
@@ -154,23 +194,32 @@ class Calibration:
         )
         x = served.embedding[self.windows].to(self.device)
         y = plain.embedding[self.windows].to(self.device)
+        layers: list[tuple[QuantizedLayer, Weights]] = []
         for index in range(self.shape.num_layers):
             tensors = self.source.layer(index)
             for name, tensor in tensors.items():
                 check_finite(tensor, f"model.layers.{index}.{name}")
+            streams = Streams(x, self._served_basis(y))
             y, transforms = self._plain_layer(index, tensors, y)
-            x = self._served_layer(index, tensors, transforms, x, writer)
-            if not bool(torch.isfinite(x).all()):
-                raise CalibrationError(
-                    f"model.layers.{index}: its quantized output holds an Inf or NaN"
-                )
-        total = self.shape.num_layers * LINEARS_PER_LAYER
-        self.progress(total, total, "measuring")
+            layer, folded = self._served_layer(index, tensors, transforms, streams)
+            x = self._advance(index, layer, folded, streams)
+            if self.recipe.refine.scope == "model":
+                layers.append((layer, folded))
+            else:
+                layer.write(writer.add, _prefix(index))
+        if layers:
+            x = self._refine(layers, plain, served, writer)
+        self.progress(self.total, self.total, "measuring")
         split = self.recipe.data.samples
         return (
             self._losses(slice(None, split), plain, y, served, x),
             self._losses(slice(split, None), plain, y, served, x),
         )
+
+    def _served_basis(self, y: torch.Tensor) -> torch.Tensor:
+        """The float stream with the residual rotation."""
+        residual = self.transforms.residual
+        return y if residual is None else residual.right(y)
 
     def _plain_layer(
         self, index: int, tensors: Weights, y: torch.Tensor
@@ -178,7 +227,9 @@ class Calibration:
         """The float stream after a layer, and the transforms to fold into it."""
         weights = {name: t.float().to(self.device) for name, t in tensors.items()}
         power = InputPower()
+        before = []
         for stage in RESIDUAL_STAGES:
+            before.append(y)
             parts = y.split(self.chunk)
             updated = [
                 self.plain.update(stage, weights, part, power.add) for part in parts
@@ -193,6 +244,16 @@ class Calibration:
                 value_scale=value_scale(power.sums["o_input"], out, self.shape),
                 up_scale=up_scale(power.sums["down_input"], down),
             )
+        if self.alpha is not None:
+            transforms = smooth_scales(
+                self.plain,
+                weights,
+                (before[0], before[1]),
+                self.transforms.residual,
+                transforms,
+                self.alpha,
+                self.chunk,
+            )
         return y, transforms
 
     def _served_layer(
@@ -200,52 +261,97 @@ class Calibration:
         index: int,
         tensors: Weights,
         transforms: LayerTransforms,
-        x: torch.Tensor,
-        writer: CheckpointWriter,
-    ) -> torch.Tensor:
-        """Fold, quantize and write a layer; the quantized stream after it."""
-        prefix = f"model.layers.{index}."
+        streams: Streams,
+    ) -> tuple[QuantizedLayer, Weights]:
+        """A layer quantized, and its float32 tensors with the transforms folded in."""
+        prefix, done = _prefix(index), itertools.count(index * LINEARS_PER_LAYER)
         on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        folded = fold_layer(on_device, self.shape, self.transforms.residual, transforms)
-        weights: Weights = {}
-        for name, tensor in folded.items():
-            if tensor.dim() == 1:
-                stored = tensor.to(tensors[name].dtype)
-                writer.add(prefix + name, stored)
-                weights[name] = stored.float()
-        done = index * LINEARS_PER_LAYER
-        for stage, names in STAGES.items():
-            hessian = None
-            if self.recipe.weights.method == "gptq":
-                columns = folded[f"{names[0]}.weight"].shape[1]
-                hessian = self._hessian(stage, columns, weights, x)
-            for name in names:
-                total = self.shape.num_layers * LINEARS_PER_LAYER
-                self.progress(done, total, prefix + name)
-                weights[f"{name}.weight"] = quantize_linear(
-                    writer.add,
-                    prefix + name,
-                    folded[f"{name}.weight"],
-                    self.config.scheme,
-                    self.recipe.weights,
-                    hessian,
-                )
-                done += 1
-            if stage in RESIDUAL_STAGES:
-                parts = x.split(self.chunk)
-                x = torch.cat(
-                    [self.served.update(stage, weights, part) for part in parts]
-                )
+
+        def starting(name: str) -> None:
+            self.progress(next(done), self.total, name)
+
+        def training(what: str) -> None:
+            self.progress(index * LINEARS_PER_LAYER, self.total, what)
+
+        residual = self.transforms.residual
+        if self.recipe.weights.method == "omniquant":
+            layer, transforms = self.omniquant.run(
+                _module(index), on_device, residual, transforms, streams, training
+            )
+        exact = fold_layer(on_device, self.shape, residual, transforms)
+        folded = {name: tensor.float() for name, tensor in exact.items()}
+        if self.recipe.weights.method != "omniquant":
+            floats = {
+                name: tensor.to(tensors[name].dtype)
+                for name, tensor in exact.items()
+                if tensor.dim() == 1
+            }
+            layer = self.quantizer.run(prefix, folded, floats, streams, starting)
+        if self.recipe.refine.scope == "layer":
+            block = Block(
+                self.models, folded, streams, self.recipe.data.samples, self.chunk
+            )
+            layer = refine_layer(
+                _module(index),
+                block,
+                LearnedLayer(layer, folded),
+                self.recipe,
+                self.record,
+                training,
+            )
+        return layer, folded
+
+    def _advance(
+        self, index: int, layer: QuantizedLayer, folded: Weights, streams: Streams
+    ) -> torch.Tensor:
+        """The quantized stream after a layer, whose errors are recorded.
+
+        Raises:
+            CalibrationError: naming the layer when it is not finite.
+        """
+        few = Streams(streams.served[: self.chunk], streams.plain[: self.chunk])
+        for name, errors in layer_errors(self.models, layer, folded, few).items():
+            self.record.layer(_prefix(index) + name, **errors)
+        x = self.models.advance(layer, streams.served, self.chunk)
+        if not bool(torch.isfinite(x).all()):
+            raise CalibrationError(
+                f"{_module(index)}: its quantized output holds an Inf or NaN"
+            )
         return x
 
-    def _hessian(
-        self, stage: str, columns: int, weights: Weights, x: torch.Tensor
-    ) -> Hessian:
-        hessian = Hessian(columns, x.device)
-        for part in x[: self.recipe.data.samples].split(self.chunk):
-            h = self.served.input_of(stage, weights, part)
-            hessian.add(self.served.quantized(h))
-        return hessian
+    def _refine(
+        self,
+        layers: list[tuple[QuantizedLayer, Weights]],
+        plain: Vocabulary,
+        served: Vocabulary,
+        writer: CheckpointWriter,
+    ) -> torch.Tensor:
+        """Train the whole model and write it; the quantized stream at its end."""
+        started = self.shape.num_layers * LINEARS_PER_LAYER
+
+        def training(step: int, loss: float) -> None:
+            self.progress(started + step, self.total, f"refining, loss {loss:.4g}")
+
+        plain_weights = [
+            {n: t.float().to(self.device) for n, t in self.source.layer(i).items()}
+            for i in range(self.shape.num_layers)
+        ]
+        model = RefinedModel(
+            (self.models.served, self.plain),
+            (served.to(self.device), plain.to(self.device)),
+            plain_weights,
+            [LearnedLayer(layer, folded) for layer, folded in layers],
+        )
+        windows = self.training.to(self.device)
+        refined = refine_model(model, windows, self.recipe, self.record, training)
+        x = served.embedding[self.windows].to(self.device)
+        y = self._served_basis(plain.embedding[self.windows[: self.chunk]])
+        y = y.to(self.device)
+        for index, (layer, (_, folded)) in enumerate(zip(refined, layers, strict=True)):
+            layer.write(writer.add, _prefix(index))
+            x = self._advance(index, layer, folded, Streams(x, y))
+            y = through(self.models.plain, folded, y)
+        return x
 
     def _losses(
         self,

@@ -31,6 +31,8 @@ RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 1 << 16
 MAX_SEED = (1 << 63) - 1
 _GPTQ_ONLY = ("damping", "block_size", "act_order")
+_GPTQ = ("gptq", "gptaq")
+_MODEL_ONLY = ("samples", "top_k")
 
 Transform = Literal["hadamard", "none"]
 
@@ -48,25 +50,94 @@ class Transforms(StrictModel):
     """Online before down_proj."""
     equalize: bool = False
     """Scales between up and down, and v and o (see equalize.py); folded."""
+    smooth: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Alpha of SmoothQuant's scales (see smooth.py); folded. Instead of equalize."""
+
+    @field_validator("smooth")
+    @classmethod
+    def _sets_the_same_scales(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("equalize"):
+            raise ValueError("sets the scales that equalize sets, remove one of them")
+        return value
 
 
 class WeightMethod(StrictModel):
-    """How weights are rounded to their grid; with rtn the other fields mean nothing."""
+    """How weights are rounded to their grid; the other fields are of gptq and gptaq."""
 
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: Literal["rtn", "gptq", "gptaq", "omniquant"] = "gptq"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
     block_size: Annotated[int, Field(ge=1, le=4096)] = 128
     """Columns that are updated together."""
     act_order: bool = False
     """Columns by decreasing diagonal of the Hessian."""
+    correction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Fraction of the drift from the float inputs that gptaq makes up for."""
 
     # Runs for keys that are given, not for defaults.
-    @field_validator(*_GPTQ_ONLY)
+    @field_validator(*_GPTQ_ONLY, "correction")
     @classmethod
     def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.data.get("method") == "rtn":
-            raise ValueError("has no effect with method rtn, remove it or use gptq")
+        used = _GPTQ if info.field_name in _GPTQ_ONLY else _GPTQ[1:]
+        method = info.data.get("method", used[0])
+        if method not in used:
+            raise ValueError(
+                f"has no effect with method {method}, remove it or use {used[0]}"
+            )
+        return value
+
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+Batch = Annotated[int, Field(ge=1, le=1 << 12)]
+
+
+class OmniQuant(StrictModel):
+    """Settings of method omniquant; None takes what was published for the scheme."""
+
+    let: bool | None = None
+    """Learn scales beside clipping; None: where activations are quantized."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """SmoothQuant's, of the scales that learning starts from."""
+    aug: bool | None = None
+    """Also follow the float block on quantized inputs; None: for 2-bit weights."""
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """None: 40 for 2-bit weights, else 20."""
+    batch: Batch = 4
+    """Windows of a step."""
+    clip_rate: Rate = 1e-2
+    """Learning rate of clipping."""
+    scale_rate: Rate = 5e-3
+    """Learning rate of scales."""
+
+
+class Refine(StrictModel):
+    """Training of what is stored, after everything else (see refine.py)."""
+
+    scope: Literal["none", "model", "layer"] = "none"
+    """On the whole model's logits, or each layer on its output in less memory."""
+    samples: Annotated[int, Field(ge=2, le=1 << 16)] | None = None
+    """Windows, for model; None is data.samples, which layer always takes."""
+    steps: Annotated[int, Field(ge=1, le=1 << 20)] = 256
+    """Of the optimiser; of every layer, for layer."""
+    batch: Batch = 4
+    """Windows of a step."""
+    top_k: Annotated[int, Field(ge=1, le=1 << 20)] = 1000
+    """Tokens of the float model's that count, for model; capped by the vocabulary."""
+    code_rate: Rate = 1e-2
+    """Learning rate of weights, in codes."""
+    scale_rate: Rate = 1e-3
+    """Learning rate of the scales' logarithms."""
+    norm_rate: Rate = 1e-3
+    """Learning rate of norm weights."""
+
+    @field_validator("*")
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        scope = info.data.get("scope", value)
+        if scope == "none" and info.field_name != "scope":
+            raise ValueError("has no effect with scope none, remove it or use model")
+        if scope == "layer" and info.field_name in _MODEL_ONLY:
+            raise ValueError("has no effect with scope layer, remove it or use model")
         return value
 
 
@@ -94,6 +165,9 @@ class Recipe(StrictModel):
     """A name :func:`~vllm_lowbit.schema.scheme_from_name` knows."""
     transforms: Transforms = Transforms()
     weights: WeightMethod = WeightMethod()
+    omniquant: OmniQuant = OmniQuant()
+    """Of ``weights.method`` omniquant."""
+    refine: Refine = Refine()
     activations: ActivationGrid = ActivationGrid()
     vocab_bits: Literal[8, 16] = 16
     data: Data = Data()
@@ -105,6 +179,17 @@ class Recipe(StrictModel):
     def _exists(cls, name: str) -> str:
         scheme_from_name(name)
         return name
+
+    @field_validator("omniquant")
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        weights = info.data.get("weights")
+        if weights is not None and weights.method != "omniquant":
+            raise ValueError(
+                f"has no effect with weights.method {weights.method}, remove it or use "
+                "omniquant"
+            )
+        return value
 
     def override(
         self,
@@ -128,6 +213,11 @@ class Recipe(StrictModel):
         }
         return validate(type(self), data, "recipe")
 
+    def training_samples(self) -> int:
+        """Windows that anything is fitted to."""
+        refined = self.refine.samples if self.refine.scope == "model" else None
+        return max(self.data.samples, refined or 0)
+
     def text(self) -> str:
         """The recipe as a file: every key that has an effect, in a fixed order.
 
@@ -142,8 +232,20 @@ class Recipe(StrictModel):
 
     def _mapping(self) -> dict[str, Any]:
         data = self.model_dump()
-        if self.weights.method == "rtn":
-            data["weights"] = {"method": "rtn"}
+        if self.transforms.smooth is None:
+            del data["transforms"]["smooth"]
+        method = self.weights.method
+        if method not in _GPTQ:
+            data["weights"] = {"method": method}
+        elif method != "gptaq":
+            del data["weights"]["correction"]
+        if method != "omniquant":
+            del data["omniquant"]
+        if self.refine.scope == "none":
+            del data["refine"]
+        elif self.refine.scope == "layer":
+            for key in _MODEL_ONLY:
+                del data["refine"][key]
         return data
 
 

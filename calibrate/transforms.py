@@ -97,6 +97,9 @@ class LayerTransforms:
         mlp_scale: ``[hidden]``, between the second norm and gate, up.
         value: over ``[num_kv_heads * head_dim]``, a block per head; between v and o.
         value_scale: ``[num_kv_heads * head_dim]``, applied before ``value``.
+        value_shift: of the same size, subtracted from v before both and added to o's
+            bias, which attention's weights let pass as they sum to one; only where
+            v and o have biases.
         key_scale: ``[num_kv_heads, head_dim / 2]``, tied over the pairs that RoPE
             rotates; k is multiplied, q divided.
         up_scale: ``[intermediate]``, between up and down.
@@ -107,6 +110,7 @@ class LayerTransforms:
     mlp_scale: torch.Tensor | None = None
     value: Orthogonal | None = None
     value_scale: torch.Tensor | None = None
+    value_shift: torch.Tensor | None = None
     key_scale: torch.Tensor | None = None
     up_scale: torch.Tensor | None = None
     down: Orthogonal | None = None
@@ -192,6 +196,12 @@ def _fold_values(
 ) -> None:
     group = shape.num_heads // shape.num_kv_heads
     scale, value, out = transforms.value_scale, transforms.value, "self_attn.o_proj"
+    if transforms.value_shift is not None:
+        shift = transforms.value_shift.double()
+        tensors["self_attn.v_proj.bias"] = tensors["self_attn.v_proj.bias"] - shift
+        passed = shift.view(shape.num_kv_heads, -1).repeat_interleave(group, dim=0)
+        added = tensors[f"{out}.weight"] @ passed.flatten()
+        tensors[f"{out}.bias"] = tensors[f"{out}.bias"] + added
     if scale is not None:
         _scale_rows(tensors, "self_attn.v_proj", 1 / scale)
         per_head = scale.view(shape.num_kv_heads, -1)

@@ -8,7 +8,7 @@ import torch
 from ..load_time import check_finite
 from ..lowbit_checkpoint import HEAD_SCALE, VOCABULARY
 from ..schema import Scheme
-from .quantize import Add, quantize_matrix
+from .quantize import Add, round_to_nearest
 from .source import Source
 from .transforms import Orthogonal, fold_embedding, fold_head
 
@@ -28,6 +28,12 @@ class Vocabulary:
     embedding: torch.Tensor
     norm: torch.Tensor
     head: torch.Tensor
+
+    def to(self, device: str) -> "Vocabulary":
+        """It on a device."""
+        return Vocabulary(
+            self.embedding.to(device), self.norm.to(device), self.head.to(device)
+        )
 
 
 def plain_vocabulary(source: Source) -> Vocabulary:
@@ -75,7 +81,9 @@ def _store(
     add: Add, name: str, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme
 ) -> torch.Tensor:
     if scheme.vocab_bits == 8:
-        return quantize_matrix(add, name, weight, VOCABULARY)
+        quantized = round_to_nearest(weight, VOCABULARY)
+        quantized.write(add, name)
+        return quantized.decoded()
     stored = weight.to(dtype)
     add(f"{name}.weight", stored)
     return stored.float()

@@ -101,6 +101,23 @@ BAD = [
     ),
     ("weights:\n  block_size: 1\n  method: rtn", 2, "block_size: has no effect"),
     ("weights: {method: rtn, act_order: false}", 1, "act_order: has no effect"),
+    ("weights:\n  correction: 0.5", 2, "no effect with method gptq, remove it or use"),
+    (
+        "weights: {method: omniquant, damping: 0.1}",
+        1,
+        "no effect with method omniquant",
+    ),
+    ("omniquant:\n  epochs: 3", 1, "no effect with weights.method gptq, remove it or"),
+    ("refine:\n  steps: 3", 2, "refine.steps: has no effect with scope none"),
+    ("refine: {scope: none, batch: 3}", 1, "refine.batch: has no effect with scope"),
+    ("refine: {scope: layer, top_k: 3}", 1, "top_k: has no effect with scope layer"),
+    ("transforms:\n  equalize: true\n  smooth: 0.5", 3, "scales that equalize sets"),
+    # Values of the training sections.
+    ("transforms: {smooth: 1.5}", 1, "transforms.smooth: Input should be less than"),
+    ("refine: {scope: all}", 1, "'none', 'model' or 'layer', got 'all'"),
+    ("refine: {scope: model, step: 3}", 1, "did you mean steps? known: scope,"),
+    ("refine: {scope: model, code_rate: 0}", 1, "greater than 0, got 0"),
+    ("weights: {method: omniquant}\nomniquant: {let: 1}", 2, "valid boolean, got 1"),
     # Not a mapping.
     ("", 1, "the file is empty"),
     ("# only a comment\n", 1, "the file is empty"),

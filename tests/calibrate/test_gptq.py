@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ against its own definition, computed the slow way."""
+"""GPTQ and GPTAQ against their own definitions, computed the slow way."""
 
 import pytest
 import torch
@@ -69,6 +69,83 @@ def test_equals_optimal_brain_quantization(
     expected = _by_definition(weight, _hessian(x), grid, group_size)
     # float32 updates may round a tie the other way, which moves later codes.
     assert (codes != expected).float().mean() < 0.005
+
+
+def _asymmetric_by_definition(
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    plain: torch.Tensor,
+    grid: IntGrid,
+    correction: float,
+) -> torch.Tensor:
+    """Each column's error and drift left to those after it, by least squares.
+
+    Li et al., eq. 8, on the inputs themselves: rows below them damp the change.
+    """
+    _, scale, zero_point = quantize_weight(weight, grid, None)
+    x, plain, rest = x.double(), plain.double(), weight.double()
+    damp = (DAMPING * x.square().sum(dim=0).mean()).sqrt()
+    codes = []
+    for i in range(weight.shape[1]):
+        codes.append(grid.encode(rest[:, i], scale[:, 0], zero_point[:, 0]))
+        done = decode(codes[-1], scale[:, 0], zero_point[:, 0]).double()
+        after = x[:, i + 1 :]
+        wanted = correction * torch.outer(plain[:, i] - x[:, i], rest[:, i])
+        wanted -= torch.outer(x[:, i], done - rest[:, i])
+        ridge = damp * torch.eye(after.shape[1], dtype=torch.float64)
+        system = torch.cat((after, ridge))
+        wanted = torch.cat((wanted, wanted.new_zeros(len(ridge), len(weight))))
+        if len(ridge):
+            rest = rest.clone()
+            rest[:, i + 1 :] += torch.linalg.lstsq(system, wanted).solution.t()
+    return torch.stack(codes, dim=1)
+
+
+def _drifted(x: torch.Tensor) -> torch.Tensor:
+    """Float inputs of which x are the quantized ones, as far as a mix of columns."""
+    generator = torch.Generator().manual_seed(5)
+    mix = torch.randn(x.shape[1], x.shape[1], generator=generator) * 0.02
+    return x + x @ mix
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 128])
+@pytest.mark.parametrize("correction", [0.25, 1.0])
+def test_drift_is_handed_on_by_least_squares(
+    block_size: int, correction: float
+) -> None:
+    x, weight, grid = _inputs(300, 64), _weight(20, 64), IntGrid(4)
+    plain, hessian = _drifted(x), Hessian(64, x.device)
+    hessian.add(x, plain)
+    options = GPTQOptions(DAMPING, block_size, correction=correction)
+    codes, _, _ = gptq(weight, hessian.sum, grid, None, options, "w", hessian.drift)
+    expected = _asymmetric_by_definition(weight, x, plain, grid, correction)
+    assert (codes != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_float_outputs_are_met_better_than_without_the_drift(act_order: bool) -> None:
+    x, weight, grid = _inputs(2000, 128), _weight(64, 128), IntGrid(4)
+    plain, hessian = _drifted(x), Hessian(128, x.device)
+    for part, plain_part in zip(x.split(700), plain.split(700), strict=True):
+        hessian.add(part, plain_part)
+    options = GPTQOptions(DAMPING, act_order=act_order, correction=1.0)
+
+    def error(drift: torch.Tensor | None) -> float:
+        done = gptq(weight, hessian.sum, grid, None, options, "w", drift)
+        return float((x @ _decoded(*done).t() - plain @ weight.t()).square().mean())
+
+    assert error(hessian.drift) < 0.75 * error(None)
+
+
+def test_inputs_without_drift_make_it_gptq() -> None:
+    x, weight, grid = _inputs(300, 64), _weight(10, 64), IntGrid(3, symmetric=False)
+    hessian = Hessian(64, x.device)
+    hessian.add(x, x)
+    done = gptq(weight, hessian.sum, grid, 32, GPTQOptions(), "w", hessian.drift)
+    for ours, expected in zip(
+        done, gptq(weight, hessian.sum, grid, 32, GPTQOptions(), "w"), strict=True
+    ):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -74,6 +74,8 @@ def _check_served_as_calibrated(out: Path, recipe: Recipe, report: Report) -> No
         ("quarot-gptq", {}),
         ("quarot-gptq", {"scheme": "w2a16-g64"}),
         ("quarot-gptq", {"scheme": "w6a6", "seed": 5}),
+        ("smoothquant", {}),
+        ("gptaq", {"scheme": "w3a16-g128"}),
     ],
 )
 def test_trained_model(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
@@ -151,12 +153,63 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path) -> No
     assert outs["a"]["model.safetensors"] != outs["c"]["model.safetensors"]
 
 
+TRAINED: dict[str, dict[str, Any]] = {
+    "omniquant": {
+        "weights": {"method": "omniquant"},
+        "omniquant": {"epochs": 1, "let": True},
+    },
+    "refine": {"refine": {"scope": "model", "samples": 24, "steps": 3, "batch": 2}},
+    "refine_layers": {
+        "transforms": {"equalize": True},
+        "weights": {"method": "gptaq"},
+        "refine": {"scope": "layer", "steps": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_serves_what_it_measured_and_repeats(
+    tmp_path: Path, tiny_llama: Callable[..., Path], name: str
+) -> None:
+    model = tiny_llama(tmp_path / "base", tokenizer=True)
+    data = {"samples": 8, "seq_len": 32}
+    recipe = Recipe.model_validate({"data": data, **TRAINED[name]})
+    outs = []
+    for out in (tmp_path / "a" / "out", tmp_path / "b" / "out"):
+        out.parent.mkdir()
+        report = _run(out, recipe, model)
+        outs.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert outs[0] == outs[1]
+    _check_served_as_calibrated(out, recipe, report)
+    record = json.loads(outs[0]["calibration.json"])
+    assert len(record["layers"]) == 14
+    curves = {
+        "omniquant": {f"omniquant.model.layers.{i}" for i in range(2)},
+        "refine": {"refine", "refine.validation"},
+        "refine_layers": {f"refine.model.layers.{i}" for i in range(2)},
+    }
+    assert record["curves"].keys() == curves[name]
+
+
+def test_record_holds_the_errors_of_every_linear(tmp_path: Path) -> None:
+    errors = {}
+    for name in ("rtn", "gptq"):
+        _run(tmp_path / name, _recipe(name, scheme="w3a16"))
+        record = json.loads((tmp_path / name / "calibration.json").read_text())
+        assert record["curves"] == {} and len(record["layers"]) == 42
+        errors[name] = record["layers"]["model.layers.0.self_attn.q_proj"]
+    # GPTQ moves weights further, for outputs that are closer.
+    assert errors["rtn"]["weight_error"] < errors["gptq"]["weight_error"]
+    assert errors["gptq"]["output_error"] < 0.8 * errors["rtn"]["output_error"]
+
+
 def test_files_of_the_checkpoint(tmp_path: Path) -> None:
     recipe = _recipe("rtn")
     _run(tmp_path / "out", recipe)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "README.md",
+        "calibration.json",
         "config.json",
         "generation_config.json",
         "lowbit_manifest.json",

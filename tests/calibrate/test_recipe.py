@@ -31,6 +31,15 @@ GPTQ = st.fixed_dictionaries(
         "act_order": st.booleans(),
     },
 )
+GPTAQ = st.fixed_dictionaries(
+    {"method": st.just("gptaq")},
+    optional={"correction": st.floats(0.01, 1), "act_order": st.booleans()},
+)
+RATE = st.floats(1e-6, 1)
+REFINE = st.just({"scope": "none"}) | st.fixed_dictionaries(
+    {"scope": st.sampled_from(["model", "layer"])},
+    optional={"steps": st.integers(1, 100), "code_rate": RATE, "norm_rate": RATE},
+)
 DOCUMENTS = st.fixed_dictionaries(
     {},
     optional={
@@ -44,9 +53,11 @@ DOCUMENTS = st.fixed_dictionaries(
                 "key": TRANSFORM,
                 "down_input": TRANSFORM,
                 "equalize": st.booleans(),
+                "smooth": st.none(),
             },
         ),
-        "weights": GPTQ | st.just({"method": "rtn"}),
+        "weights": GPTQ | GPTAQ | st.just({"method": "rtn"}),
+        "refine": REFINE,
         "activations": st.fixed_dictionaries({"symmetric": st.booleans()}),
         "vocab_bits": st.sampled_from([8, 16]),
         "data": st.fixed_dictionaries(
@@ -69,15 +80,31 @@ def test_defaults() -> None:
     assert (recipe.data.samples, recipe.data.seq_len, recipe.seed) == (128, 512, 0)
 
 
-@pytest.mark.parametrize("name", ["rtn", "quarot", "gptq", "quarot-gptq", "lowbit"])
+METHODS = {
+    "gptaq": "gptaq",
+    "gptq": "gptq",
+    "lowbit": "gptq",
+    "lowbit-best": "gptaq",
+    "omniquant": "omniquant",
+    "quarot": "rtn",
+    "quarot-gptq": "gptq",
+    "rtn": "rtn",
+    "smoothquant": "rtn",
+}
+PLAIN = ("rtn", "gptq", "gptaq", "smoothquant", "omniquant")
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_built_in(name: str) -> None:
     recipe = load_recipe(name)
     assert name in built_in_recipes()
     assert recipe.name == name
-    assert recipe.weights.method == ("rtn" if name in ("rtn", "quarot") else "gptq")
-    kind = "none" if name in ("rtn", "gptq") else "hadamard"
+    assert recipe.weights.method == METHODS[name]
+    kind = "none" if name in PLAIN else "hadamard"
     transforms = recipe.transforms
-    assert transforms.equalize == recipe.weights.act_order == (name == "lowbit")
+    assert transforms.equalize == recipe.weights.act_order == name.startswith("lowbit")
+    assert transforms.smooth == (0.5 if name == "smoothquant" else None)
+    assert (recipe.refine.scope == "model") == (name == "lowbit-best")
     for where in ("residual", "value", "key", "down_input"):
         assert getattr(transforms, where) == kind
     assert load_recipe(str(RECIPES / f"{name}.yaml")) == recipe
@@ -175,7 +202,10 @@ class TestLoad:
         [
             ("qarot", "recipe 'qarot' does not exist; did you mean quarot? built in: "),
             ("gtpq", "did you mean gptq?"),
-            ("nothing", "; built in: gptq, lowbit, quarot, quarot-gptq, rtn; "),
+            (
+                "nothing",
+                "; built in: gptaq, gptq, lowbit, lowbit-best, omniquant, quarot, ",
+            ),
             ("", "recipe '' does not exist"),
             ("x" * 10000, "xxx... does not exist"),
             ("a\nb", "recipe 'a\\nb' does not exist"),

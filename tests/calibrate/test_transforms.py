@@ -62,7 +62,9 @@ def _orthogonal(random: Callable[..., torch.Tensor], blocks: int, size: int) -> 
     return Dense(q)
 
 
-def _all_of(shape: LlamaShape, random: Callable[..., torch.Tensor]) -> LayerTransforms:
+def _all_of(
+    shape: LlamaShape, random: Callable[..., torch.Tensor], biases: bool
+) -> LayerTransforms:
     """Every transform there is, random, the scales spread over a factor of 20."""
     scale = lambda *size: random(*size).mul(0.75).exp()
     kv = shape.num_kv_heads
@@ -71,6 +73,7 @@ def _all_of(shape: LlamaShape, random: Callable[..., torch.Tensor]) -> LayerTran
         mlp_scale=scale(shape.hidden_size),
         value=_orthogonal(random, kv, shape.head_dim),
         value_scale=scale(kv * shape.head_dim),
+        value_shift=random(kv * shape.head_dim) if biases else None,
         key_scale=scale(kv, shape.head_dim // 2),
         up_scale=scale(shape.intermediate_size),
         down=SignedHadamard(largest_order(shape.intermediate_size)),
@@ -132,8 +135,11 @@ def _check(config: LlamaConfig, state: dict[str, torch.Tensor], seed: int) -> No
     order = largest_order(shape.hidden_size)
     signed = SignedHadamard(order, random_signs(seed, shape.hidden_size))
     head = SignedHadamard(shape.head_dim)
+    biases = bool(config.attention_bias)
     for residual in (dense, signed):
-        logits = ours.logits(ids, residual, lambda: _all_of(shape, random), head)
+        logits = ours.logits(
+            ids, residual, lambda: _all_of(shape, random, biases), head
+        )
         assert (logits - expected).norm() < 1e-6 * expected.norm()
 
 

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training one decoder layer so that its output follows the float model's."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .layer import LayerModels, Streams, Tensors
+from .llama import RESIDUAL_STAGES, LlamaStages
+from .record import CalibrationRecord
+from .training import Group, Training, minimise
+
+
+class Block:
+    """The inputs and outputs that one layer is trained on.
+
+    Args:
+        models: the served and the float model.
+        folded: the float layer's tensors.
+        streams: hidden states before it.
+        samples: windows to train on, the first ones.
+        chunk: windows at a time where nothing is trained.
+        aug: also follow what the float layer makes of the served inputs.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        models: LayerModels,
+        folded: Tensors,
+        streams: Streams,
+        samples: int,
+        chunk: int,
+        aug: bool = False,
+    ) -> None:
+        self.served = models.served
+        self.inputs = streams.served[:samples]
+        weights = {name: tensor.float() for name, tensor in folded.items()}
+
+        def outputs(x: torch.Tensor) -> torch.Tensor:
+            parts = x[:samples].split(chunk)
+            return torch.cat([through(models.plain, weights, p) for p in parts])
+
+        self.targets = [outputs(streams.plain)]
+        if aug:
+            self.targets.append(outputs(streams.served))
+
+    def train(
+        self,
+        weights_of: Callable[[], Tensors],
+        groups: Sequence[Group],
+        training: Training,
+        record: CalibrationRecord,
+        progress: Callable[[int, float], None],
+    ) -> None:
+        """Train tensors in place on the mean squared error of the layer's output.
+
+        Args:
+            weights_of: the layer as it would be served now; carries gradients.
+            groups: what is trained.
+            training: how long.
+            record: takes the curve.
+            progress: called with the steps done and the loss.
+        """
+
+        def loss_of(batch: torch.Tensor) -> torch.Tensor:
+            out = through(self.served, weights_of(), self.inputs[batch])
+            losses = [(out - target[batch]).square().mean() for target in self.targets]
+            return torch.stack(losses).sum()
+
+        minimise(loss_of, groups, training, record, progress)
+
+
+def through(model: LlamaStages, weights: Tensors, x: torch.Tensor) -> torch.Tensor:
+    """The residual stream x after a layer."""
+    for stage in RESIDUAL_STAGES:
+        x = model.update(stage, weights, x)
+    return x

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder layer: quantizing it stage by stage, and what is stored of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.grid import IntGrid
+from ..schema import Scheme
+from .gptq import GPTQOptions, Hessian, gptq
+from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
+from .quantize import Add, QuantizedMatrix, round_to_nearest
+from .recipe import WeightMethod
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A decoder layer as a checkpoint stores it, by name after ``model.layers.N.``.
+
+    Attributes:
+        linears: by the name of the module.
+        floats: norm weights and biases, in the dtype they are stored in.
+    """
+
+    linears: Mapping[str, QuantizedMatrix]
+    floats: Mapping[str, torch.Tensor]
+
+    def weights(self) -> Tensors:
+        """What the server computes with, float32, by the name of the tensor."""
+        weights = {name: tensor.float() for name, tensor in self.floats.items()}
+        for name, matrix in self.linears.items():
+            weights[f"{name}.weight"] = matrix.decoded()
+        return weights
+
+    def write(self, add: Add, prefix: str) -> None:
+        """Hand over every tensor, its name after a prefix."""
+        for name, tensor in self.floats.items():
+            add(prefix + name, tensor)
+        for name, matrix in self.linears.items():
+            matrix.write(add, prefix + name)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states before a layer, ``[windows, tokens, hidden]`` in the served basis.
+
+    Attributes:
+        served: of the model quantized so far.
+        plain: of the float model, its transforms applied.
+    """
+
+    served: torch.Tensor
+    plain: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerModels:
+    """The two models that go through a layer.
+
+    Attributes:
+        served: with the server's quantizers and online rotations.
+        plain: with the rotations alone.
+    """
+
+    served: LlamaStages
+    plain: LlamaStages
+
+    def advance(
+        self, layer: QuantizedLayer, x: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        """The served stream after a layer, ``chunk`` windows at a time."""
+        weights = layer.weights()
+        for stage in RESIDUAL_STAGES:
+            parts = [self.served.update(stage, weights, p) for p in x.split(chunk)]
+            x = torch.cat(parts)
+        return x
+
+
+def layer_errors(
+    models: LayerModels, layer: QuantizedLayer, folded: Tensors, streams: Streams
+) -> dict[str, dict[str, float]]:
+    """How far each linear is from the float model's.
+
+    Args:
+        models: the served and the float model.
+        layer: what is stored.
+        folded: its tensors before rounding, float32.
+        streams: hidden states to measure on.
+
+    Returns:
+        by linear ``weight_error`` and ``output_error``: norms of the differences over
+        those of the float weight and output. The output's is with the inputs that
+        either model sees.
+    """
+    weights, errors = layer.weights(), {}
+    x, y = streams.served, streams.plain
+    for stage, names in STAGES.items():
+        h = models.served.input_of(stage, weights, x)
+        g = models.plain.input_of(stage, folded, y)
+        served = models.served.linears(stage, weights, h)
+        plain = models.plain.linears(stage, folded, g)
+        for name, out, wanted in zip(names, served, plain, strict=True):
+            weight = f"{name}.weight"
+            errors[name] = {
+                "weight_error": _relative(weights[weight], folded[weight]),
+                "output_error": _relative(out, wanted),
+            }
+        if stage == "o_input":
+            x, y = x + served[0], y + plain[0]
+    return errors
+
+
+def _relative(x: torch.Tensor, wanted: torch.Tensor) -> float:
+    norm = float(wanted.norm())
+    return float((x - wanted).norm()) / norm if norm else 0.0
+
+
+class StageQuantizer:
+    """``rtn``, ``gptq`` and ``gptaq``: linears in the order they run.
+
+    Args:
+        models: the served and the float model.
+        scheme: grids.
+        recipe: method and settings.
+        samples: windows to fit to, the first ones.
+        chunk: windows at a time.
+    """
+
+    def __init__(
+        self,
+        models: LayerModels,
+        scheme: Scheme,
+        recipe: WeightMethod,
+        samples: int,
+        chunk: int,
+    ) -> None:
+        self.models, self.scheme, self.recipe = models, scheme, recipe
+        self.samples, self.chunk = samples, chunk
+        self.options = GPTQOptions(
+            recipe.damping, recipe.block_size, recipe.act_order, recipe.correction
+        )
+
+    def run(
+        self,
+        prefix: str,
+        folded: Tensors,
+        floats: Tensors,
+        streams: Streams,
+        starting: Callable[[str], None],
+    ) -> QuantizedLayer:
+        """Quantize a layer.
+
+        Args:
+            prefix: of the layer's names, for errors.
+            folded: its tensors with the transforms folded in.
+            floats: norm weights and biases as they will be stored.
+            streams: before the layer.
+            starting: called with the name of each linear.
+        """
+        plain_weights = {name: tensor.float() for name, tensor in folded.items()}
+        weights = {name: tensor.float() for name, tensor in floats.items()}
+        x, y = (s[: self.samples] for s in (streams.served, streams.plain))
+        linears: dict[str, QuantizedMatrix] = {}
+        for stage, names in STAGES.items():
+            hessian = self._hessian(stage, weights, plain_weights, x, y)
+            for name in names:
+                starting(prefix + name)
+                weight = plain_weights[f"{name}.weight"]
+                linears[name] = self._quantize(prefix + name, weight, hessian)
+                weights[f"{name}.weight"] = linears[name].decoded()
+            if stage == "o_input" and hessian is not None:
+                x = self._updated(self.models.served, weights, x)
+                y = self._updated(self.models.plain, plain_weights, y)
+        return QuantizedLayer(linears, floats)
+
+    def _updated(
+        self, model: LlamaStages, weights: Tensors, x: torch.Tensor
+    ) -> torch.Tensor:
+        """The stream between attention and MLP."""
+        parts = [model.update("o_input", weights, p) for p in x.split(self.chunk)]
+        return torch.cat(parts)
+
+    def _quantize(
+        self, name: str, weight: torch.Tensor, hessian: Hessian | None
+    ) -> QuantizedMatrix:
+        weights = self.scheme.weights
+        if hessian is None:
+            return round_to_nearest(weight, weights)
+        grid = IntGrid(weights.bits, weights.symmetric)
+        size, drift = weights.group_size, hessian.drift
+        done = gptq(weight, hessian.sum, grid, size, self.options, name, drift)
+        return QuantizedMatrix(grid, *done)
+
+    def _hessian(
+        self,
+        stage: str,
+        weights: Tensors,
+        plain_weights: Tensors,
+        x: torch.Tensor,
+        y: torch.Tensor,
+    ) -> Hessian | None:
+        if self.recipe.method == "rtn":
+            return None
+        served, plain = self.models.served, self.models.plain
+        hessian = None
+        for part, plain_part in zip(
+            x.split(self.chunk), y.split(self.chunk), strict=True
+        ):
+            h = served.quantized(served.input_of(stage, weights, part))
+            hessian = hessian or Hessian(h.shape[-1], h.device)
+            if self.recipe.method == "gptaq":
+                hessian.add(h, plain.input_of(stage, plain_weights, plain_part))
+            else:
+                hessian.add(h)
+        return hessian

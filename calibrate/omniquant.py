@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OmniQuant: weight clipping and scales that are learned block by block.
+
+Shao et al., OmniQuant, 2024: learnable weight clipping (LWC, eq. 2) and learnable
+equivalent transformation (LET, section 3.3), trained together on the error of each
+block's output. Scales and zero points in training are those that are stored; norm
+weights are rounded as they are stored.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..kernels.grid import TINY, IntGrid
+from ..kernels.quantize_weight.reference import best_clip
+from ..schema import Scheme
+from .block import Block
+from .layer import LayerModels, QuantizedLayer, Streams, Tensors
+from .llama import LINEARS
+from .quantize import QuantizedMatrix
+from .recipe import OmniQuant as Settings
+from .record import CalibrationRecord
+from .straight_through import on_grid, rounded, stored_as
+from .training import Group, Training
+from .transforms import LayerTransforms, Orthogonal, fold_layer
+
+# LWC starts with at most sigmoid(4) = 0.982 of a range, as published. Where the clip
+# search that all methods share keeps less, it starts from that.
+START = 4.0
+
+
+@dataclass(frozen=True)
+class OmniQuantOptions:
+    """Settings of :class:`OmniQuant`.
+
+    Attributes:
+        let: whether scales are learned; clipping always is.
+        alpha: SmoothQuant's, of the scales that learning starts from.
+        aug: see :class:`.block.Block`.
+        epochs: over the windows.
+        batch: windows of a step.
+        clip_rate: learning rate of clipping.
+        scale_rate: of the logarithms of scales, and of shifts.
+        seed: of the order of windows.
+    """
+
+    let: bool
+    alpha: float
+    aug: bool
+    epochs: int
+    batch: int
+    clip_rate: float
+    scale_rate: float
+    seed: int
+
+    @classmethod
+    def of(cls, recipe: Settings, scheme: Scheme, seed: int) -> "OmniQuantOptions":
+        """A recipe's, and for what it leaves open the published ones of a scheme."""
+        two_bits = scheme.weights.bits == 2
+        let, aug, epochs = recipe.let, recipe.aug, recipe.epochs
+        return cls(
+            let=scheme.activations.bits != 16 if let is None else let,
+            alpha=recipe.alpha,
+            aug=two_bits if aug is None else aug,
+            epochs=epochs or (40 if two_bits else 20),
+            batch=recipe.batch,
+            clip_rate=recipe.clip_rate,
+            scale_rate=recipe.scale_rate,
+            seed=seed,
+        )
+
+
+class ClippedMatrix:
+    """Learnable range of every group of a matrix.
+
+    Args:
+        weight: ``[n, k]`` that it starts from.
+        grid: of its codes.
+        group_size: elements of k that share a scale; None for whole rows.
+
+    Attributes:
+        high, low: logits of the fractions of maximum and minimum that are kept,
+            ``[n, groups, 1]``.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, grid: IntGrid, group_size: int | None
+    ) -> None:
+        self.grid = grid
+        rows = weight.float().unflatten(-1, (-1, group_size or weight.shape[1]))
+        best, _ = best_clip(rows.flatten(0, 1), grid)
+        kept = best.view(*rows.shape[:2], 1) / grid.parameters(rows)[0]
+        self.high = torch.special.logit(kept, eps=1e-6).clamp(max=START)
+        self.low = self.high.clone()
+
+    def parameters(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point, float32 ``[n, groups, 1]``, of ``[n, groups, size]``.
+
+        A range always holds zero, and one of nothing but zeros has scale 1, as in the
+        grid's own.
+        """
+        low, high = rows.aminmax(dim=-1, keepdim=True)
+        high = torch.sigmoid(self.high) * high.clamp(min=0.0)
+        low = torch.sigmoid(self.low) * low.clamp(max=0.0)
+        peak = torch.maximum(high, -low)
+        grid = self.grid
+        if grid.symmetric:
+            scale = torch.where(peak < TINY, 1.0, peak / grid.code_max)
+            return scale, torch.zeros_like(scale)
+        scale = (high - low) / (grid.code_max - grid.code_min)
+        scale = torch.where(peak < TINY, 1.0, scale)
+        return scale, grid.code_min - rounded(low * (1.0 / scale))
+
+    def decoded(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight ``[n, k]`` as it would be served; carries gradients."""
+        rows = weight.unflatten(-1, (self.high.shape[1], -1))
+        scale, zero_point = self.parameters(rows)
+        return on_grid(rows * (1.0 / scale), self.grid, scale, zero_point).flatten(-2)
+
+    @torch.no_grad()
+    def quantized(self, weight: torch.Tensor) -> QuantizedMatrix:
+        """A weight ``[n, k]`` on the grid."""
+        rows = weight.unflatten(-1, (self.high.shape[1], -1))
+        scale, zero_point = self.parameters(rows)
+        zero_point = zero_point.to(torch.int32)
+        codes = self.grid.encode(rows, scale, zero_point).flatten(-2)
+        return QuantizedMatrix(
+            self.grid, codes, scale.squeeze(-1), zero_point.squeeze(-1)
+        )
+
+
+class LearnedBlock:
+    """One decoder layer whose ranges and scales are trained.
+
+    Args:
+        models: its stages.
+        scheme: grids.
+        tensors: of the layer, in the dtype of the base model.
+        residual: rotation of the residual stream.
+        transforms: where its scales start.
+        let: whether they are trained.
+    """
+
+    def __init__(
+        self,
+        models: LayerModels,
+        scheme: Scheme,
+        tensors: Tensors,
+        residual: Orthogonal | None,
+        transforms: LayerTransforms,
+        let: bool,
+    ) -> None:
+        self.shape, self.tensors = models.served.shape, tensors
+        self.residual, self.start = residual, transforms
+        weights = scheme.weights
+        grid = IntGrid(weights.bits, weights.symmetric)
+        self.log_scales: Tensors = {}
+        self.shifts: Tensors = {}
+        if let:
+            self.log_scales = self._log_scales()
+            biases = [tensors.get(f"self_attn.{name}_proj.bias") for name in "vo"]
+            if biases[0] is not None and biases[1] is not None:
+                self.shifts["value_shift"] = torch.zeros_like(biases[0]).float()
+        with torch.no_grad():
+            folded = self._fold()
+        self._fixed = None if let else folded
+        self.clips = {
+            name: ClippedMatrix(folded[f"{name}.weight"], grid, weights.group_size)
+            for name in LINEARS
+        }
+
+    def _log_scales(self) -> Tensors:
+        shape = self.shape
+        heads, size = shape.num_kv_heads, shape.head_dim
+        sizes = {
+            "attn_scale": (shape.hidden_size,),
+            "mlp_scale": (shape.hidden_size,),
+            "value_scale": (heads * size,),
+            "key_scale": (heads, size // 2),
+            "up_scale": (shape.intermediate_size,),
+        }
+        logs = {}
+        for name, extent in sizes.items():
+            scale = getattr(self.start, name)
+            device = next(iter(self.tensors.values())).device
+            ones = torch.ones(extent, device=device)
+            logs[name] = (ones if scale is None else scale.float()).log()
+        return logs
+
+    def transforms(self) -> LayerTransforms:
+        """With scales and shifts as they are now."""
+        learned: dict[str, Any] = {n: s.exp() for n, s in self.log_scales.items()}
+        learned |= self.shifts
+        return replace(self.start, **learned)
+
+    def _fold(self) -> Tensors:
+        folded = fold_layer(self.tensors, self.shape, self.residual, self.transforms())
+        return {name: tensor.float() for name, tensor in folded.items()}
+
+    def folded(self) -> Tensors:
+        """float32 tensors before rounding; carry gradients."""
+        return self._fold() if self._fixed is None else self._fixed
+
+    def weights(self) -> Tensors:
+        """What the server would compute with now; carries gradients."""
+        weights = {}
+        for name, tensor in self.folded().items():
+            clip = self.clips.get(name.removesuffix(".weight"))
+            if clip is None:
+                weights[name] = stored_as(tensor, self.tensors[name].dtype)
+            else:
+                weights[name] = clip.decoded(tensor)
+        return weights
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedLayer:
+        """The layer as it would be stored now."""
+        folded = self.folded()
+        return QuantizedLayer(
+            linears={
+                name: clip.quantized(folded[f"{name}.weight"])
+                for name, clip in self.clips.items()
+            },
+            floats={
+                name: tensor.to(self.tensors[name].dtype)
+                for name, tensor in folded.items()
+                if tensor.dim() == 1
+            },
+        )
+
+
+class OmniQuant:
+    """The method, over the layers in order.
+
+    Args:
+        models: the served and the float model.
+        scheme: grids.
+        options: settings.
+        samples: windows to train on, the first ones.
+        chunk: windows at a time where nothing is trained.
+        record: takes the curves.
+    """
+
+    def __init__(
+        self,
+        models: LayerModels,
+        scheme: Scheme,
+        options: OmniQuantOptions,
+        samples: int,
+        chunk: int,
+        record: CalibrationRecord,
+    ) -> None:
+        self.models, self.scheme, self.options = models, scheme, options
+        self.samples, self.chunk, self.record = samples, chunk, record
+
+    def run(
+        self,
+        name: str,
+        tensors: Tensors,
+        residual: Orthogonal | None,
+        transforms: LayerTransforms,
+        streams: Streams,
+        progress: Callable[[str], None],
+    ) -> tuple[QuantizedLayer, LayerTransforms]:
+        """Train and quantize one layer.
+
+        Args:
+            name: of the layer, such as ``model.layers.0``.
+            tensors: of the layer, by name after that.
+            residual: rotation of the residual stream.
+            transforms: where its scales start.
+            streams: before the layer.
+            progress: called with what is being done.
+
+        Returns:
+            The layer, and the transforms that were folded into it.
+
+        Raises:
+            CalibrationError: naming layer and step when a loss is not finite.
+        """
+        options = self.options
+        learned = LearnedBlock(
+            self.models, self.scheme, tensors, residual, transforms, options.let
+        )
+        with torch.no_grad():
+            folded = learned.folded()
+        samples = min(self.samples, len(streams.served))
+        block = Block(self.models, folded, streams, samples, self.chunk, options.aug)
+        clips = learned.clips.values()
+        groups = [Group([t for c in clips for t in (c.high, c.low)], options.clip_rate)]
+        if options.let:
+            let = [*learned.log_scales.values(), *learned.shifts.values()]
+            groups.append(Group(let, options.scale_rate))
+        batch = min(options.batch, samples)
+        training = Training(
+            name=f"omniquant.{name}",
+            windows=samples,
+            batch=batch,
+            steps=options.epochs * (samples // batch),
+            seed=options.seed,
+        )
+
+        def shown(step: int, loss: float) -> None:
+            progress(f"{name}, step {step}/{training.steps}, loss {loss:.3g}")
+
+        block.train(learned.weights, groups, training, self.record, shown)
+        with torch.no_grad():
+            return learned.quantized(), learned.transforms()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmoothQuant: closed-form scales between what is written and what reads it.
+
+Xiao et al., SmoothQuant, 2023, eq. 4: channel j of a linear's input is divided by
+``max|X_j|^alpha / max|W_j|^(1 - alpha)`` and the weight's column multiplied by it.
+Here v to o and up to down are scaled as well as norm to linear.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from ..architecture import LlamaShape
+from .equalize import LARGEST
+from .llama import STAGES, LlamaStages
+from .transforms import LayerTransforms, Orthogonal
+
+_NORMS = {
+    "attn_input": "input_layernorm.weight",
+    "mlp_input": "post_attention_layernorm.weight",
+}
+
+
+def smooth_scales(
+    model: LlamaStages,
+    weights: Mapping[str, torch.Tensor],
+    streams: tuple[torch.Tensor, torch.Tensor],
+    residual: Orthogonal | None,
+    transforms: LayerTransforms,
+    alpha: float,
+    chunk: int,
+) -> LayerTransforms:
+    """The transforms of a layer, with SmoothQuant's scales.
+
+    Args:
+        model: the float model, without transforms.
+        weights: of the layer, float32.
+        streams: its residual stream before attention, and before the MLP.
+        residual: rotation the scales come after.
+        transforms: those the layer has already.
+        alpha: share of the difficulty that moves into the weights.
+        chunk: windows at a time.
+
+    Returns:
+        ``transforms`` with every scale but that of the keys.
+    """
+    before_attention, before_mlp = streams
+
+    def inputs(stage: str) -> Iterator[torch.Tensor]:
+        attention = stage in ("attn_input", "o_input")
+        x = before_attention if attention else before_mlp
+        for part in x.split(chunk):
+            if residual is not None and stage in _NORMS:
+                norm = torch.ones_like(weights[_NORMS[stage]])
+                yield residual.right(model.norm(part, norm))
+            else:
+                yield model.input_of(stage, weights, part)
+
+    def scale(stage: str, group: int = 1, heads: int = 1) -> torch.Tensor:
+        largest = [x.abs().flatten(0, -2).amax(dim=0) for x in inputs(stage)]
+        matrices = [weights[f"{name}.weight"].double() for name in STAGES[stage]]
+        if residual is not None and stage in _NORMS:
+            gamma = weights[_NORMS[stage]].double()
+            matrices = [residual.right(matrix * gamma) for matrix in matrices]
+        columns = torch.cat(matrices).abs().amax(dim=0)
+        peak = torch.stack(largest).amax(dim=0).double()
+        return _balance(
+            _shared(peak, group, heads), _shared(columns, group, heads), alpha
+        )
+
+    shape = model.shape
+    return replace(
+        transforms,
+        attn_scale=scale("attn_input"),
+        mlp_scale=scale("mlp_input"),
+        value_scale=scale("o_input", _group(shape), shape.num_kv_heads),
+        up_scale=scale("down_input"),
+    )
+
+
+def _group(shape: LlamaShape) -> int:
+    return shape.num_heads // shape.num_kv_heads
+
+
+def _shared(x: torch.Tensor, group: int, heads: int) -> torch.Tensor:
+    """Largest over the query heads that share a value head."""
+    return x if group == 1 else x.view(heads, group, -1).amax(dim=1).flatten()
+
+
+def _balance(inputs: torch.Tensor, columns: torch.Tensor, alpha: float) -> torch.Tensor:
+    live = (inputs > 0) & (columns > 0)
+    ratio = inputs.where(live, 1.0).pow(alpha) / columns.where(live, 1.0).pow(1 - alpha)
+    return ratio.clamp(1 / LARGEST, LARGEST).where(live, 1.0)

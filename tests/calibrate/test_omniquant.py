@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned clipping and scales: on the serving grid, function-preserving, and better."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_lowbit.calibrate.block import Block, through
+from vllm_lowbit.calibrate.layer import LayerModels, QuantizedLayer, Streams
+from vllm_lowbit.calibrate.llama import LINEARS
+from vllm_lowbit.calibrate.omniquant import (
+    ClippedMatrix,
+    LearnedBlock,
+    OmniQuant,
+    OmniQuantOptions,
+)
+from vllm_lowbit.calibrate.recipe import OmniQuant as Settings
+from vllm_lowbit.calibrate.record import CalibrationRecord
+from vllm_lowbit.calibrate.transforms import Dense, LayerTransforms
+from vllm_lowbit.errors import CalibrationError
+from vllm_lowbit.kernels.grid import IntGrid
+from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
+from vllm_lowbit.schema import scheme_from_name
+
+Make = Callable[..., Any]
+TRAINED = 128
+
+
+def _weight(rows: int = 24, columns: int = 64) -> torch.Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    weight[0] = 0.0
+    weight[1] = weight[1].abs()
+    weight[2] = -weight[2].abs()
+    return weight
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_training_uses_the_scales_that_are_stored(
+    bits: int, symmetric: bool, groups: int
+) -> None:
+    grid, weight = IntGrid(bits, symmetric), _weight()
+    clip = ClippedMatrix(weight, grid, 64 // groups)
+    clip.high += torch.randn(clip.high.shape) * 2
+    clip.low -= torch.randn(clip.low.shape).abs() * 4
+    stored = clip.quantized(weight)
+    assert torch.equal(stored.decoded(), clip.decoded(weight))
+    assert stored.scale.dtype == torch.float32 and bool((stored.scale > 0).all())
+    for values in (stored.codes, stored.zero_point):
+        assert grid.code_min <= int(values.min()) <= int(values.max()) <= grid.code_max
+    assert not bool(stored.decoded()[0].any())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_whole_range_is_the_grids_own(symmetric: bool) -> None:
+    grid, weight = IntGrid(3, symmetric), _weight()
+    clip = ClippedMatrix(weight, grid, None)
+    clip.high += 100.0
+    clip.low += 100.0
+    stored = clip.quantized(weight)
+    scale, zero_point = grid.parameters(weight)
+    assert torch.allclose(stored.scale, scale, rtol=1e-6)
+    assert torch.equal(stored.zero_point, zero_point)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_it_starts_at_the_clip_search(
+    bits: int, symmetric: bool, group_size: int | None
+) -> None:
+    grid, weight = IntGrid(bits, symmetric), _weight()
+    start = ClippedMatrix(weight, grid, group_size).quantized(weight)
+    scale = quantize_weight(weight, grid, group_size)[1]
+    # But for those that would keep more than 0.982 of the range.
+    assert bool(((start.scale / scale - 1).abs() < 0.02).all())
+    assert float(((start.scale / scale - 1).abs() < 1e-5).float().mean()) > 0.4
+
+
+def test_published_settings_by_scheme() -> None:
+    found = {}
+    for name in ("w4a16", "w3a16-g128", "w2a16-g64", "w6a6", "w4a4kv4"):
+        options = OmniQuantOptions.of(Settings(), scheme_from_name(name), 0)
+        found[name] = (options.let, options.aug, options.epochs)
+    assert found == {
+        "w4a16": (False, False, 20),
+        "w3a16-g128": (False, False, 20),
+        "w2a16-g64": (False, True, 40),
+        "w6a6": (True, False, 20),
+        "w4a4kv4": (True, False, 20),
+    }
+    chosen = Settings(let=True, aug=True, epochs=3)
+    options = OmniQuantOptions.of(chosen, scheme_from_name("w4a16"), 0)
+    assert (options.let, options.aug, options.epochs) == (True, True, 3)
+
+
+def _rotation(size: int, blocks: int = 1) -> Dense:
+    generator = torch.Generator().manual_seed(size)
+    random = torch.randn(blocks, size, size, generator=generator, dtype=torch.float64)
+    return Dense(torch.linalg.qr(random).Q)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_learned_scales_keep_the_function(
+    rotated: bool, models: Make, layer_tensors: Make
+) -> None:
+    both, tensors = models(), layer_tensors()
+    residual = _rotation(64) if rotated else None
+    start = LayerTransforms(value=_rotation(16, 2)) if rotated else LayerTransforms()
+    scheme = scheme_from_name("w4a4kv4")
+    learned = LearnedBlock(both, scheme, tensors, residual, start, let=True)
+    assert set(learned.log_scales) == {
+        "attn_scale",
+        "mlp_scale",
+        "value_scale",
+        "key_scale",
+        "up_scale",
+    }
+    generator = torch.Generator().manual_seed(4)
+    for scale in learned.log_scales.values():
+        scale += torch.randn(scale.shape, generator=generator) * 0.5
+    x = torch.randn(2, 8, 64, generator=generator)
+    wanted = through(both.plain, tensors, x)
+    if residual is not None:
+        x, wanted = residual.right(x), residual.right(wanted)
+    found = through(both.plain, learned.folded(), x)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(
+        learned.folded()["mlp.up_proj.weight"], tensors["mlp.up_proj.weight"]
+    )
+
+
+def _streams(windows: int = 144) -> Streams:
+    """Correlated hidden states, 16 windows of which are not trained on."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(64, 64, generator=generator).tril(8) / 4
+    x = torch.randn(windows, 16, 64, generator=generator) @ mix
+    return Streams(x + 0.02 * torch.randn(x.shape, generator=generator), x)
+
+
+def _run(
+    both: LayerModels,
+    tensors: dict[str, torch.Tensor],
+    scheme: str,
+    streams: Streams | None = None,
+    **settings: Any,
+) -> tuple[QuantizedLayer, CalibrationRecord]:
+    record, chosen = (
+        CalibrationRecord(),
+        Settings(**({"epochs": 20, "batch": 128} | settings)),
+    )
+    options = OmniQuantOptions.of(chosen, scheme_from_name(scheme), 0)
+    method = OmniQuant(both, scheme_from_name(scheme), options, TRAINED, 8, record)
+    layer, _ = method.run(
+        "model.layers.0",
+        tensors,
+        None,
+        LayerTransforms(),
+        streams or _streams(),
+        lambda what: None,
+    )
+    return layer, record
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [
+        ("w2a16-g32", {"clip_rate": 5e-3}),
+        ("w3a16", {"clip_rate": 5e-3}),
+        ("w4a4kv4", {"clip_rate": 5e-3, "scale_rate": 5e-3}),
+    ],
+)
+def test_a_trained_block_is_closer_than_at_its_start(
+    scheme: str,
+    settings: dict[str, float],
+    models: Make,
+    layer_tensors: Make,
+) -> None:
+    parsed = scheme_from_name(scheme)
+    kv4 = parsed.kv_cache.bits == 4
+    grid = IntGrid(4, symmetric=False) if parsed.activations.bits == 4 else None
+    both, tensors, streams = models(grid, kv4), layer_tensors(), _streams()
+    layer, record = _run(both, tensors, scheme, **settings)
+    wanted = through(both.plain, tensors, streams.plain[TRAINED:])
+
+    def error(candidate: QuantizedLayer) -> float:
+        out = through(both.served, candidate.weights(), streams.served[TRAINED:])
+        return float((out - wanted).square().mean())
+
+    # Clipping starts at the best of a search already: the rest is what outputs need.
+    start, _ = _run(both, tensors, scheme, clip_rate=1e-9, scale_rate=1e-9)
+    assert error(layer) < 0.995 * error(start)
+    curve = json.loads(record.text())["curves"]["omniquant.model.layers.0"]
+    assert curve[-1][1] < curve[0][1]
+
+
+def test_second_loss_follows_the_float_block_on_quantized_inputs(
+    models: Make, layer_tensors: Make
+) -> None:
+    both, tensors, streams = models(), layer_tensors(), _streams()
+    block = Block(both, tensors, streams, 16, 8, aug=True)
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    for target, x in zip(block.targets, (streams.plain, streams.served), strict=True):
+        assert torch.equal(target, through(both.plain, weights, x[:16]))
+
+
+def test_same_seed_same_layer(models: Make, layer_tensors: Make) -> None:
+    both, tensors = models(), layer_tensors()
+    first, again = (_run(both, tensors, "w3a16", epochs=1)[0] for _ in range(2))
+    for name in LINEARS:
+        assert torch.equal(first.linears[name].scale, again.linears[name].scale)
+        assert torch.equal(first.linears[name].codes, again.linears[name].codes)
+
+
+def test_a_loss_that_is_not_finite_names_layer_and_step(
+    models: Make, layer_tensors: Make
+) -> None:
+    streams = _streams(16)
+    streams.served[2, 3] = torch.inf
+    message = r"omniquant\.model\.layers\.0: the loss at step 1 is nan"
+    with pytest.raises(CalibrationError, match=message):
+        _run(models(), layer_tensors(), "w4a16", streams)
