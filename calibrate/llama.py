@@ -132,6 +132,11 @@ class LlamaStages:
         grid = self.online.activations
         return x if grid is None else decode(*grid.quantize(x))
 
+    def cached(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``[..., head_dim]`` quantized to the 4-bit cache and read back."""
+        scale, zero = kv_parameters(x)
+        return kv_decode(kv_encode(x, scale, zero), scale, zero).to(x.dtype)
+
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
@@ -141,7 +146,7 @@ class LlamaStages:
         if self.online.key is not None:
             q, k = self.online.key.right(q), self.online.key.right(k)
         if self.online.kv4:
-            k, v = through_cache(k), through_cache(v)
+            k, v = self.cached(k), self.cached(v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         attended = functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
@@ -153,9 +158,3 @@ class LlamaStages:
         cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions))
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-high, low), dim=-1) * sin
-
-
-def through_cache(x: torch.Tensor) -> torch.Tensor:
-    """x ``[..., head_dim]`` quantized to the 4-bit cache and read back."""
-    scale, zero = kv_parameters(x)
-    return kv_decode(kv_encode(x, scale, zero), scale, zero).to(x.dtype)

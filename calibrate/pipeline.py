@@ -21,6 +21,9 @@ from ..lowbit_checkpoint import expected_tensors
 from ..schema import LowbitConfig, Provenance
 from .equalize import InputPower, up_scale, value_scale
 from .gptq import Hessian
+from .learn.end_to_end import learn_transforms
+from .learn.parameters import Learned
+from .learn.snapshot import Curve, Snapshot
 from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
 from .plan import Transforms, online, plan
 from .publish import Losses, Report, publish
@@ -50,6 +53,7 @@ def calibrate(
     text: Path,
     device: str = "auto",
     progress: Progress = lambda done, total, what: None,
+    resume: bool = False,
 ) -> Report:
     """Make a lowbit checkpoint.
 
@@ -59,7 +63,10 @@ def calibrate(
         recipe: what is done.
         text: UTF-8 file whose windows are calibrated on.
         device: ``auto``, ``cpu``, ``cuda`` or any of torch's.
-        progress: called with linears done, their number, and the current one.
+        progress: called with linears done, their number, and the current one; before
+            that, where transforms are learned, with steps, their number and the loss.
+        resume: go on with learning where an interrupted run left its state, in
+            ``OUTPUT.snapshot``.
 
     Raises:
         LowbitError: before anything is written where that can be known; otherwise
@@ -67,6 +74,7 @@ def calibrate(
     """
     device = choose_device(device)
     source = Source.open(model)
+    recipe = recipe.sized(source.shape)
     provenance = Provenance(
         base_model=source.name,
         base_revision=source.revision,
@@ -79,12 +87,15 @@ def calibrate(
     windows = calibration_windows(
         str(source.directory), text, count, seq_len, recipe.seed
     )
+    snapshot = Snapshot.of(output, recipe, resume)
     run = Calibration(source, config, recipe, windows, device, progress)
     with CheckpointWriter(output, run.specs()) as writer:
+        run.learn(snapshot)
         calibration, held_out = run.run(writer)
         tokens = (count - samples) * (seq_len - 1)
-        report = Report(config, calibration, held_out, tokens)
+        report = Report(config, calibration, held_out, tokens, run.curves)
         publish(writer, source, recipe, text, report)
+    snapshot.remove()
     return report
 
 
@@ -123,13 +134,33 @@ class Calibration:
     ) -> None:
         self.source, self.config, self.recipe = source, config, recipe
         self.shape, self.device, self.windows = source.shape, device, windows
+        self.transforms: Transforms | Learned
         self.transforms = Transforms.of(self.shape, config.rotations)
+        self.curves: dict[str, Curve] = {}
         hf_config = LlamaConfig.from_pretrained(source.directory)
         served = online(config.scheme, self.transforms)
         self.plain = LlamaStages(hf_config, self.shape, device=device)
         self.served = LlamaStages(hf_config, self.shape, served, device)
         self.progress = progress
         self.chunk = max(1, CHUNK_TOKENS // windows.shape[1])
+
+    def learn(self, snapshot: Snapshot) -> None:
+        """Learn what the recipe says is learned.
+
+        Raises:
+            CalibrationError: naming the step at which numbers were not finite.
+            ConfigError: when the snapshot belongs to another run.
+        """
+        if not self.recipe.learns:
+            return
+        self.transforms, self.curves["learn"] = learn_transforms(
+            self.source,
+            self.recipe,
+            self.config,
+            self.windows[: self.recipe.data.samples].to(self.device),
+            snapshot,
+            self.progress,
+        )
 
     def specs(self) -> dict[str, TensorSpec]:
         """What will be written, floats in the dtype of the base model."""
@@ -185,7 +216,7 @@ class Calibration:
             ]
             y = torch.cat(updated)
         transforms = self.transforms.layer(index)
-        if self.recipe.transforms.equalize:
+        if self.recipe.transforms.equalize and not self.recipe.learns:
             out = weights["self_attn.o_proj.weight"]
             down = weights["mlp.down_proj.weight"]
             transforms = replace(

@@ -3,7 +3,8 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .recipe import Recipe
 from .source import Source
 from .writer import CheckpointWriter
 
+CURVES = "calibration.json"
 PACKAGES = ("vllm-lowbit", "torch", "transformers")
 
 
@@ -35,12 +37,14 @@ class Report:
         calibration: losses on the windows that were calibrated on.
         held_out: losses on other windows of the same text.
         held_out_tokens: predicted tokens of those.
+        curves: loss against steps of what was learned, by name.
     """
 
     config: LowbitConfig
     calibration: Losses
     held_out: Losses
     held_out_tokens: int
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
 def publish(
@@ -49,6 +53,9 @@ def publish(
     """Write everything beside the tensors, and put the checkpoint in place."""
     writer.copy_companions(source.directory)
     writer.write_text(RECIPE, recipe.text())
+    if report.curves:
+        curves = {"curves": dict(report.curves)}
+        writer.write_text(CURVES, json.dumps(curves) + "\n")
     data = recipe.data
     measured = TextPerplexity(
         text=f"{text.name}, windows not calibrated on",
