@@ -311,7 +311,10 @@ def _transforms(card: Card) -> dict[str, str]:
     for name, rotation in card.config.rotations:
         if isinstance(rotation, Rotation):
             rows[_PLACES[name]] = _rotation(rotation)
-    if card.recipe.transforms.equalize:
+    if card.recipe.transforms.scales_are_learned:
+        places = "between norms and linears, v and o, k and q, up and down"
+        rows[places] = "learned scales, folded"
+    elif card.recipe.transforms.equalize:
         rows["between up and down, v and o"] = "scales from weights and inputs, folded"
     if card.recipe.transforms.smooth is not None:
         rows["between norms and linears, up and down, v and o"] = (
@@ -325,7 +328,7 @@ def _transforms(card: Card) -> dict[str, str]:
 
 
 def _rotation(rotation: Rotation) -> str:
-    matrix = "orthogonal matrix"
+    matrix = "learned orthogonal matrix"
     if rotation.kind == "hadamard":
         matrix = "Hadamard" if rotation.sign_seed is None else "random-sign Hadamard"
     text = f"{matrix} of order {rotation.order}"

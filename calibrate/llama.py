@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama decoder layer in stages, in any float dtype, with quantizers that can be off.
 
-Calibration runs it over many windows at once, and gradients pass straight through its
+Calibration runs it over many windows at once, and gradients pass through its
 quantizers. It uses the serving grids but float GEMMs; ``reference_model.py`` is the
 bit-exact mirror of the server.
 """
@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..architecture import LlamaShape
-from ..kernels.grid import IntGrid, decode, kv_decode, kv_encode, kv_parameters
-from .straight_through import straight_through
+from ..kernels.grid import IntGrid
+from .straight_through import fake_quantize, through_cache
 from .transforms import Orthogonal
 
 # Linears of a layer that read the same input, in the order they run.
@@ -133,9 +133,7 @@ class LlamaStages:
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """x on the activation grid, per token."""
         grid = self.online.activations
-        if grid is None:
-            return x
-        return straight_through(x, decode(*grid.quantize(x.detach())))
+        return x if grid is None else fake_quantize(x, grid)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -158,11 +156,3 @@ class LlamaStages:
         cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions))
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-high, low), dim=-1) * sin
-
-
-def through_cache(x: torch.Tensor) -> torch.Tensor:
-    """x ``[..., head_dim]`` quantized to the 4-bit cache and read back."""
-    values = x.detach()
-    scale, zero = kv_parameters(values)
-    decoded = kv_decode(kv_encode(values, scale, zero), scale, zero)
-    return straight_through(x, decoded.to(x.dtype))

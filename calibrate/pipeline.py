@@ -23,6 +23,9 @@ from ..schema import LowbitConfig, Provenance
 from .block import Block, through
 from .equalize import InputPower, up_scale, value_scale
 from .layer import LayerModels, QuantizedLayer, StageQuantizer, Streams, layer_errors
+from .learn.end_to_end import learn_transforms
+from .learn.parameters import Learned
+from .learn.snapshot import Snapshot
 from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
 from .omniquant import OmniQuant, OmniQuantOptions
 from .plan import Transforms, online, plan
@@ -55,6 +58,7 @@ def calibrate(
     text: Path,
     device: str = "auto",
     progress: Progress = lambda done, total, what: None,
+    resume: bool = False,
 ) -> Report:
     """Make a lowbit checkpoint.
 
@@ -64,7 +68,10 @@ def calibrate(
         recipe: what is done.
         text: UTF-8 file whose windows are calibrated on.
         device: ``auto``, ``cpu``, ``cuda`` or any of torch's.
-        progress: called with linears done, their number, and the current one.
+        progress: called with linears done, their number, and the current one; before
+            that, where transforms are learned, with steps, their number and the loss.
+        resume: go on with learning where an interrupted run left its state, in
+            ``OUTPUT.snapshot``.
 
     Raises:
         LowbitError: before anything is written where that can be known; otherwise
@@ -72,6 +79,7 @@ def calibrate(
     """
     device = choose_device(device)
     source = Source.open(model)
+    recipe = recipe.sized(source.shape)
     provenance = Provenance(
         base_model=source.name,
         base_revision=source.revision,
@@ -86,12 +94,15 @@ def calibrate(
     )
     windows = torch.cat((everything[:samples], everything[used:]))
     training = everything[:used]
+    snapshot = Snapshot.of(output, recipe, resume)
     run = Calibration(source, config, recipe, windows, training, device, progress)
     with CheckpointWriter(output, run.specs()) as writer:
+        run.learn(snapshot)
         losses = run.run(writer)
         report = Report(config, *losses, held_out * (seq_len - 1))
         writer.write_text(CALIBRATION, run.record.text())
         publish(writer, source, recipe, text, report)
+    snapshot.remove()
     return report
 
 
@@ -144,6 +155,7 @@ class Calibration:
         self.source, self.config, self.recipe = source, config, recipe
         self.shape, self.device = source.shape, device
         self.windows, self.training = windows, training
+        self.transforms: Transforms | Learned
         self.transforms = Transforms.of(self.shape, config.rotations)
         hf_config = LlamaConfig.from_pretrained(source.directory)
         served = online(config.scheme, self.transforms)
@@ -169,6 +181,26 @@ class Calibration:
         self.omniquant = OmniQuant(
             self.models, scheme, options, samples, self.chunk, self.record
         )
+
+    def learn(self, snapshot: Snapshot) -> None:
+        """Learn what the recipe says is learned.
+
+        Raises:
+            CalibrationError: naming the step at which numbers were not finite.
+            ConfigError: when the snapshot belongs to another run.
+        """
+        if not self.recipe.learns:
+            return
+        self.transforms, curve = learn_transforms(
+            self.source,
+            self.recipe,
+            self.config,
+            self.windows[: self.recipe.data.samples].to(self.device),
+            snapshot,
+            self.progress,
+        )
+        for step, loss in curve:
+            self.record.point("learn", step, loss)
 
     def specs(self) -> dict[str, TensorSpec]:
         """What will be written, floats in the dtype of the base model."""
@@ -236,7 +268,7 @@ class Calibration:
             ]
             y = torch.cat(updated)
         transforms = self.transforms.layer(index)
-        if self.recipe.transforms.equalize:
+        if self.recipe.transforms.equalize and not self.recipe.learns:
             out = weights["self_attn.o_proj.weight"]
             down = weights["mlp.down_proj.weight"]
             transforms = replace(

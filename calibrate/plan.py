@@ -59,6 +59,15 @@ def _rotations(
 ) -> Rotations:
     chosen, head_dim = recipe.transforms, shape.head_dim
     residual = value = key = down = None
+    if chosen.residual == "learned":
+        if shape.tie_word_embeddings:
+            raise UnsupportedError(
+                f"{source}: transforms.residual learned: tie_word_embeddings is true, "
+                "and embedding and head can share a matrix with a Hadamard only; use "
+                "residual: hadamard or none"
+            )
+        size = shape.hidden_size
+        residual = Rotation(apply="folded", kind="orthogonal", order=size, block=size)
     if chosen.residual == "hadamard":
         order = _order("hidden_size", shape.hidden_size, source)
         residual = Rotation(
@@ -73,6 +82,10 @@ def _rotations(
             order=head_dim,
             block=head_dim,
             sign_seed=(recipe.seed + 1) % (1 << 63),
+        )
+    if chosen.value == "learned":
+        value = Rotation(
+            apply="folded", kind="orthogonal", order=head_dim, block=head_dim
         )
     if chosen.key == "hadamard" and scheme.kv_cache.bits != 16:
         key = Rotation(apply="online", order=head_dim, block=head_dim)
@@ -108,7 +121,10 @@ def _order(name: str, size: int, source: str) -> int:
 
 @dataclass(frozen=True)
 class Transforms:
-    """The transforms a config stands for, as the fold takes them."""
+    """The transforms a config stands for, as the fold takes them.
+
+    Those of kind ``orthogonal`` are in the weights only, and not among these.
+    """
 
     residual: SignedHadamard | None
     down: SignedHadamard | None
@@ -122,7 +138,7 @@ class Transforms:
         """Build them, signs included, from what the config records."""
 
         def signed(rotation: Rotation | None, size: int) -> SignedHadamard | None:
-            if rotation is None:
+            if rotation is None or rotation.kind == "orthogonal":
                 return None
             seed = rotation.sign_seed
             signs = None if seed is None else random_signs(seed, size)

@@ -7,6 +7,7 @@ versions of the software determine the checkpoint.
 
 import difflib
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from ..architecture import LlamaShape
 from ..errors import ConfigError
 from ..schema import (
     DEFAULT_SCHEME,
@@ -35,14 +37,15 @@ _GPTQ = ("gptq", "gptaq")
 _MODEL_ONLY = ("samples", "top_k")
 
 Transform = Literal["hadamard", "none"]
+Rotation = Literal["hadamard", "learned", "none"]
 
 
 class Transforms(StrictModel):
     """Function-preserving transforms of the float model."""
 
-    residual: Transform = "hadamard"
-    """Random-sign Hadamard of the residual stream."""
-    value: Transform = "hadamard"
+    residual: Rotation = "hadamard"
+    """Random-sign Hadamard of the residual stream, or any rotation, learned."""
+    value: Rotation = "hadamard"
     """Per KV head, folded."""
     key: Transform = "hadamard"
     """Online on q and k after RoPE; only used with a quantized cache."""
@@ -52,6 +55,9 @@ class Transforms(StrictModel):
     """Scales between up and down, and v and o (see equalize.py); folded."""
     smooth: Annotated[float, Field(ge=0, le=1)] | None = None
     """Alpha of SmoothQuant's scales (see smooth.py); folded. Instead of equalize."""
+    scales: Literal["learned", "none"] = "none"
+    """Between norms and linears, v and o, k and q, up and down; those of ``equalize``
+    are where they start. Folded."""
 
     @field_validator("smooth")
     @classmethod
@@ -59,6 +65,68 @@ class Transforms(StrictModel):
         if value is not None and info.data.get("equalize"):
             raise ValueError("sets the scales that equalize sets, remove one of them")
         return value
+
+    @property
+    def rotations_are_learned(self) -> bool:
+        return "learned" in (self.residual, self.value)
+
+    @property
+    def scales_are_learned(self) -> bool:
+        return self.scales == "learned"
+
+
+class Learn(StrictModel):
+    """How transforms are learned; only where some are."""
+
+    start: Literal["womi", "hadamard", "identity"] = "womi"
+    """Of rotations; see learn/start.py."""
+    loss: Literal["kl_top", "mse", "cross_entropy"] = "kl_top"
+    """Between the quantized and the float model; cross_entropy is the text's."""
+    top_k: Annotated[int, Field(ge=1, le=1 << 20)] = 1000
+    """Tokens of kl_top: the float model's likeliest, at most the whole vocabulary."""
+    renormalise: bool = False
+    """Whether kl_top takes those tokens for the whole distribution."""
+    optimizer: Literal["riemannian_adam", "cayley_sgd"] = "riemannian_adam"
+    """Of rotations; scales have Adam."""
+    rotation_lr: Annotated[float, Field(gt=0, le=10)] = 0.02
+    """Of the first step; decays to 0 as a half cosine."""
+    scale_lr: Annotated[float, Field(gt=0, le=1)] = 0.002
+    """The same of the scales' logarithms."""
+    steps: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    """null: by the size of the model."""
+    tokens_per_step: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
+    """Rounded to windows; null: by the size of the model."""
+    quantize_weights: bool = False
+    """Whether weights are rounded to nearest meanwhile, or in float."""
+
+    @field_validator("top_k", "renormalise")
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("loss") != "kl_top":
+            raise ValueError("has an effect with loss kl_top only, remove it")
+        return value
+
+    def mapping(self, transforms: Transforms) -> dict[str, Any]:
+        """Every key that has an effect with these transforms."""
+        data = self.model_dump()
+        unused: set[str] = set()
+        if self.loss != "kl_top":
+            unused |= {"top_k", "renormalise"}
+        return {
+            key: value
+            for key, value in data.items()
+            if key not in unused | self.without_effect(transforms)
+        }
+
+    @staticmethod
+    def without_effect(transforms: Transforms) -> set[str]:
+        """Keys that mean nothing with these transforms."""
+        keys: set[str] = set()
+        if not transforms.rotations_are_learned:
+            keys |= {"start", "optimizer", "rotation_lr"}
+        if not transforms.scales_are_learned:
+            keys.add("scale_lr")
+        return keys
 
 
 class WeightMethod(StrictModel):
@@ -164,6 +232,7 @@ class Recipe(StrictModel):
     scheme: str = DEFAULT_SCHEME
     """A name :func:`~vllm_lowbit.schema.scheme_from_name` knows."""
     transforms: Transforms = Transforms()
+    learn: Learn = Learn()
     weights: WeightMethod = WeightMethod()
     omniquant: OmniQuant = OmniQuant()
     """Of ``weights.method`` omniquant."""
@@ -190,6 +259,52 @@ class Recipe(StrictModel):
                 "omniquant"
             )
         return value
+
+    @field_validator("learn")
+    @classmethod
+    def _learns(cls, learn: Learn, info: ValidationInfo) -> Learn:
+        transforms = info.data.get("transforms")
+        if transforms is None:  # wrong itself
+            return learn
+        if not (transforms.rotations_are_learned or transforms.scales_are_learned):
+            raise ValueError(
+                "has no effect without a transform that is learned, remove it or set "
+                "transforms.residual, value or scales to learned"
+            )
+        unused = sorted(Learn.without_effect(transforms) & learn.model_fields_set)
+        if unused:
+            what = "scale" if unused == ["scale_lr"] else "rotation"
+            raise ValueError(
+                f"{', '.join(unused)} has no effect where no {what} is learned, "
+                "remove it"
+            )
+        return learn
+
+    @property
+    def learns(self) -> bool:
+        """Whether any transform is learned."""
+        transforms = self.transforms
+        return transforms.rotations_are_learned or transforms.scales_are_learned
+
+    def sized(self, shape: LlamaShape) -> Self:
+        """This recipe with steps and tokens per step of learning filled in.
+
+        From the published 32 x 2048 tokens and 100 steps at 7 billion parameters down:
+        smaller models have smaller gradients' noise and cheaper steps.
+        """
+        if not self.learns:
+            return self
+        size = sum(math.prod(size) for size in shape.tensors().values()) / 7e9
+        tokens = 2.0 ** round(math.log2(65536 * math.sqrt(size)))
+        learn = self.learn
+        filled = learn.model_copy(
+            update={
+                "steps": learn.steps or min(500, max(100, round(100 * size**-0.2))),
+                "tokens_per_step": learn.tokens_per_step
+                or int(min(65536, max(2048, tokens))),
+            }
+        )
+        return self.model_copy(update={"learn": filled})
 
     def override(
         self,
@@ -232,6 +347,10 @@ class Recipe(StrictModel):
 
     def _mapping(self) -> dict[str, Any]:
         data = self.model_dump()
+        if self.learns:
+            data["learn"] = self.learn.mapping(self.transforms)
+        else:
+            del data["learn"]
         if self.transforms.smooth is None:
             del data["transforms"]["smooth"]
         method = self.weights.method

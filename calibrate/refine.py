@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from .block import Block, through
-from .distill import kl_top
 from .layer import QuantizedLayer, Tensors
+from .learn.loss import kl_top
 from .llama import LlamaStages
 from .quantize import QuantizedMatrix
 from .recipe import Recipe, Refine

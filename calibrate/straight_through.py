@@ -1,14 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding that gradients pass through; the values are those of the serving grid."""
+"""The serving grids and rounding, with a gradient.
+
+Forward is the grid itself, bit for bit. Of a range that follows the data, written as
+``q = x + scale * r``, the error r of a code in units of the scale is a number that
+jumps; backward takes it as constant and all else as it is::
+
+    dq = dx + r * dscale
+
+The first term is the straight-through estimator (Bengio et al., 2013). The second is
+what makes transforms learnable: a dynamic scale follows the largest element of its
+row, so the gradient tells how much a smaller range would be worth (for a learned scale
+this is LSQ, Esser et al., 2020). With the first term alone, rotations that change no
+result in exact arithmetic would get hardly any gradient. An element beyond the range,
+more than a step away from its code, moves with the scale only.
+"""
 
 from typing import Any
 
 import torch
+from torch.autograd import Function
 
-from ..kernels.grid import IntGrid
+from ..kernels.grid import (
+    KV_LEVELS,
+    IntGrid,
+    decode,
+    kv_decode,
+    kv_encode,
+    kv_parameters,
+)
 
 
-class _StraightThrough(torch.autograd.Function):
+def fake_quantize(
+    x: torch.Tensor, grid: IntGrid, clip_ratio: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """x on a grid, every row (last dimension) with its own range; float32.
+
+    Args:
+        x: ``[..., n]``, float32.
+        grid: the codes.
+        clip_ratio: fraction of the range that is kept, a float or ``[..., 1]``.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        scale, zero_point = grid.parameters(x, clip_ratio)
+        return decode(grid.encode(x, scale, zero_point), scale, zero_point)
+    return _Integer.apply(x, grid, clip_ratio)
+
+
+def through_cache(x: torch.Tensor) -> torch.Tensor:
+    """x ``[..., head_dim]`` quantized to the 4-bit cache and read back."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Cache.apply(x)
+    scale, zero = kv_parameters(x)
+    return kv_decode(kv_encode(x, scale, zero), scale, zero).to(x.dtype)
+
+
+class _Integer(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, grid: IntGrid, clip_ratio: torch.Tensor | float
+    ) -> torch.Tensor:
+        scale, zero_point = grid.parameters(x, clip_ratio)
+        quantized = decode(grid.encode(x, scale, zero_point), scale, zero_point)
+        steps = grid.code_max - grid.code_min
+        ctx.symmetric, ctx.step = grid.symmetric, clip_ratio / steps
+        if grid.symmetric:
+            ctx.step = clip_ratio / grid.code_max
+        _save(ctx, x, quantized, scale)
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        result, of_scale, high, low, at_high, at_low = _start(ctx, grad)
+        of_scale = of_scale * ctx.step
+        if ctx.symmetric:
+            above = high > -low
+            result.scatter_add_(-1, at_high, of_scale * above)
+            result.scatter_add_(-1, at_low, -of_scale * ~above)
+        else:
+            # A range always includes zero.
+            result.scatter_add_(-1, at_high, of_scale * (high > 0))
+            result.scatter_add_(-1, at_low, -of_scale * (low < 0))
+        return result, None, None
+
+
+class _Cache(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        scale, zero = kv_parameters(x)
+        quantized = kv_decode(kv_encode(x, scale, zero), scale, zero).to(x.dtype)
+        _save(ctx, x, quantized, scale.float())
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        result, of_scale, _, _, at_high, at_low = _start(ctx, grad)
+        # Of the range; the floor under it, max|x| / 1024, is for rows with an offset
+        # of a hundred ranges, where it keeps the zero representable.
+        of_scale = of_scale / KV_LEVELS
+        result.scatter_add_(-1, at_high, of_scale)
+        result.scatter_add_(-1, at_low, -of_scale)
+        return result
+
+
+def _save(
+    ctx: Any, x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor
+) -> None:
+    high, at_high = x.max(dim=-1, keepdim=True)
+    low, at_low = x.min(dim=-1, keepdim=True)
+    error = (quantized - x) / scale
+    clipped = error.abs() > 1
+    # Without clipping, half as much to keep until backward.
+    code = quantized / scale
+    ctx.clips = bool(clipped.any())
+    if ctx.clips:
+        error = torch.where(clipped, code, error)
+    ctx.save_for_backward(
+        error, clipped if ctx.clips else high, high, low, at_high, at_low
+    )
+
+
+def _start(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradient without that of the scale, that of the scale, and the range."""
+    error, clipped, high, low, at_high, at_low = ctx.saved_tensors
+    of_scale = (grad * error).sum(dim=-1, keepdim=True)
+    result = grad.masked_fill(clipped, 0.0) if ctx.clips else grad.clone()
+    return result, of_scale, high, low, at_high, at_low
+
+
+class _StraightThrough(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return value

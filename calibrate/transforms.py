@@ -2,8 +2,9 @@
 """Function-preserving transforms of a Llama, and folding them into its weights.
 
 Row-vector convention: an activation x becomes ``x R``; a weight ``[out, in]`` that
-reads it becomes ``W R``, one that writes it ``R^T W``. Everything is float64. Where
-each transform lives is that of OSTQuant (Hu et al., 2025, section 3) and QuaRot
+reads it becomes ``W R``, one that writes it ``R^T W``. Checkpoints are folded in
+float64; to learn transforms, the fold runs in float32 with gradients. Where each
+transform lives is that of OSTQuant (Hu et al., 2025, section 3) and QuaRot
 (Ashkboos et al., 2024, section 4); scales divide what is written and multiply what
 reads it.
 """
@@ -121,6 +122,7 @@ def fold_layer(
     shape: LlamaShape,
     residual: Orthogonal | None,
     transforms: LayerTransforms,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensors:
     """One decoder layer with its transforms folded in.
 
@@ -131,11 +133,13 @@ def fold_layer(
         shape: sizes of the model.
         residual: rotation of the whole residual stream.
         transforms: those of this layer.
+        dtype: computed in.
 
     Returns:
-        float64 tensors of the same names and shapes; the arguments stay as they are.
+        tensors of that dtype, of the same names and shapes; the arguments stay as they
+        are.
     """
-    folded = {name: tensor.double() for name, tensor in tensors.items()}
+    folded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     scales = (transforms.attn_scale, transforms.mlp_scale)
     for (norm, readers), scale in zip(NORMS.items(), scales, strict=True):
         _fold_norm(folded, norm, readers, residual, scale)

@@ -62,7 +62,7 @@ BAD = [
     ("data: [1, 2]", 1, "key data: must hold keys and values, got [1, 2]"),
     ("transforms:\n  equalize: yes", 2, "valid boolean, got 'yes'"),
     ("transforms:\n  equalize: 1", 2, "valid boolean, got 1"),
-    ("transforms:\n  residual: true", 2, "should be 'hadamard' or 'none', got True"),
+    ("transforms:\n  key: true", 2, "should be 'hadamard' or 'none', got True"),
     ("transforms:\n  residual: null", 2, "got None"),
     ("weights:\n  damping: '0.1'", 2, "valid number, got '0.1'"),
     ("activations:\n  symmetric: no", 2, "valid boolean, got 'no'"),

@@ -182,7 +182,9 @@ def test_equalization_and_other_matrices() -> None:
         )
     )
     assert "| between up and down, v and o | scales from weights and inputs" in text
-    assert "| values, per head | orthogonal matrix of order 64, folded |" in text
+    assert (
+        "| values, per head | learned orthogonal matrix of order 64, folded |" in text
+    )
 
 
 def test_every_rotation_has_a_place() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vllm_lowbit.architecture import LlamaShape
 from vllm_lowbit.calibrate.recipe import (
     MAX_SEED,
     Recipe,
@@ -22,6 +23,7 @@ from vllm_lowbit.schema import SCHEME_NAMES
 
 RECIPES = Path(__file__).parents[2] / "calibrate" / "recipes"
 TRANSFORM = st.sampled_from(["hadamard", "none"])
+ROTATION = st.sampled_from(["hadamard", "learned", "none"])
 GPTQ = st.fixed_dictionaries(
     {},
     optional={
@@ -48,12 +50,13 @@ DOCUMENTS = st.fixed_dictionaries(
         "transforms": st.fixed_dictionaries(
             {},
             optional={
-                "residual": TRANSFORM,
-                "value": TRANSFORM,
+                "residual": ROTATION,
+                "value": ROTATION,
                 "key": TRANSFORM,
                 "down_input": TRANSFORM,
                 "equalize": st.booleans(),
                 "smooth": st.none(),
+                "scales": st.sampled_from(["learned", "none"]),
             },
         ),
         "weights": GPTQ | GPTAQ | st.just({"method": "rtn"}),
@@ -145,6 +148,7 @@ def test_text_is_fixed() -> None:
         "  key: hadamard\n"
         "  down_input: hadamard\n"
         "  equalize: false\n"
+        "  scales: none\n"
         "weights:\n"
         "  method: rtn\n"
         "activations:\n"
@@ -186,6 +190,105 @@ class TestOverride:
     def test_bad_value(self, change: dict[str, object], message: str) -> None:
         with pytest.raises(ConfigError, match=f"^recipe: {message}"):
             load_recipe("rtn").override(**change)  # type: ignore[arg-type]
+
+
+LEARNED = {"residual": "learned", "scales": "learned"}
+
+
+def _learning(**learn: object) -> dict[str, object]:
+    return {"transforms": LEARNED, "learn": learn}
+
+
+class TestLearn:
+    @pytest.mark.parametrize("name", ["spinquant", "ostquant"])
+    def test_built_in(self, name: str) -> None:
+        recipe = load_recipe(name)
+        assert recipe.name == name and recipe.learns
+        assert recipe.transforms.residual == recipe.transforms.value == "learned"
+        assert recipe.transforms.scales_are_learned == (name == "ostquant")
+        assert recipe.weights == load_recipe("quarot-gptq").weights
+        assert recipe.data == load_recipe("quarot-gptq").data
+
+    def test_keys_without_effect_are_not_in_the_text(self) -> None:
+        assert "learn" not in load_recipe("lowbit").text()
+        scales = Recipe.model_validate({"transforms": {"scales": "learned"}})
+        section = yaml.safe_load(scales.text())["learn"]
+        assert section.keys() == {
+            "loss",
+            "top_k",
+            "renormalise",
+            "scale_lr",
+            "steps",
+            "tokens_per_step",
+            "quantize_weights",
+        }
+        rotations = Recipe.model_validate(
+            {"transforms": {"value": "learned"}, "learn": {"loss": "mse"}}
+        )
+        section = yaml.safe_load(rotations.text())["learn"]
+        assert "scale_lr" not in section and "top_k" not in section
+        for recipe in (scales, rotations):
+            assert parse_recipe(recipe.text().encode(), "r.yaml") == recipe
+
+    @pytest.mark.parametrize(
+        ("document", "message"),
+        [
+            (
+                {"learn": {"steps": 3}},
+                ":2: key learn: has no effect without a transform that is learned",
+            ),
+            (
+                {"transforms": {"scales": "learned"}, "learn": {"start": "womi"}},
+                "key learn: start has no effect where no rotation is learned",
+            ),
+            (
+                {"transforms": {"value": "learned"}, "learn": {"scale_lr": 0.1}},
+                "key learn: scale_lr has no effect where no scale is learned",
+            ),
+            (
+                _learning(loss="mse", top_k=5),
+                "key learn.top_k: has an effect with loss kl_top only",
+            ),
+            (_learning(loss="kl"), "key learn.loss: Input should be 'kl_top', 'mse'"),
+            (_learning(step=3), "key learn.step does not exist; did you mean steps?"),
+            (_learning(steps=0), "key learn.steps: .* greater than or equal to 1"),
+            (_learning(rotation_lr=0.0), "key learn.rotation_lr: .*greater than 0"),
+            (_learning(optimizer="sgd"), "key learn.optimizer: Input should be"),
+        ],
+    )
+    def test_refused(self, document: dict[str, object], message: str) -> None:
+        text = "seed: 1\n" + yaml.safe_dump(document, sort_keys=False)
+        with pytest.raises(ConfigError, match=message):
+            parse_recipe(text.encode(), "r.yaml")
+
+    def test_sizes_follow_the_model(self) -> None:
+        def sized(layers: int, hidden: int) -> tuple[int | None, int | None]:
+            shape = LlamaShape(
+                hidden_size=hidden,
+                intermediate_size=3 * hidden,
+                num_layers=layers,
+                num_heads=hidden // 64,
+                num_kv_heads=hidden // 64,
+                head_dim=64,
+                vocab_size=4096,
+                attention_bias=False,
+                mlp_bias=False,
+                tie_word_embeddings=False,
+            )
+            learn = load_recipe("ostquant").sized(shape).learn
+            return learn.steps, learn.tokens_per_step
+
+        small, large = sized(6, 256), sized(32, 4096)
+        assert small[1] == 2048 and large[1] == 65536
+        assert small[0] is not None and large[0] is not None
+        assert 100 <= large[0] < small[0]
+        assert sized(200, 16384) == (100, 65536)
+
+    def test_given_sizes_stay(self) -> None:
+        recipe = Recipe.model_validate(_learning(steps=7, tokens_per_step=100))
+        shape = LlamaShape(64, 64, 1, 1, 1, 64, 64, False, False, False)
+        assert recipe.sized(shape) == recipe
+        assert load_recipe("lowbit").sized(shape) == load_recipe("lowbit")
 
 
 def test_frozen() -> None:

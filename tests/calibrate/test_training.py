@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vllm_lowbit.calibrate.distill import kl_top
+from vllm_lowbit.calibrate.learn.loss import kl_top
 from vllm_lowbit.calibrate.record import CalibrationRecord
 from vllm_lowbit.calibrate.straight_through import on_grid, rounded, stored_as
 from vllm_lowbit.calibrate.training import Group, Training, minimise

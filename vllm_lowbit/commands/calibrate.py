@@ -27,7 +27,8 @@ def calibrate(
         str,
         typer.Option(
             metavar="NAME|FILE",
-            help="rtn, gptq, quarot, quarot-gptq, lowbit, or a YAML file.",
+            help="rtn, gptq, quarot, quarot-gptq, spinquant, ostquant, lowbit, "
+            "or a YAML file.",
         ),
     ],
     scheme: Annotated[
@@ -54,16 +55,34 @@ def calibrate(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or any of torch's.")
     ] = "auto",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with learning from OUT.snapshot, to the same bytes."
+        ),
+    ] = False,
 ) -> None:
     """Make a lowbit checkpoint that `vllm serve OUT` recognises by itself."""
+    from ..calibrate.learn.snapshot import snapshot_path
     from ..calibrate.pipeline import calibrate
     from ..calibrate.recipe import load_recipe
     from ..calibrate.text import default_text
 
     chosen = load_recipe(recipe).override(scheme, samples, seq_len, seed, vocab_bits)
     text = data or default_text()
-    with redirect_stdout(sys.stderr), progress_bar("calibrating") as progress:
-        report = calibrate(model, output, chosen, text, device, progress)
+    try:
+        with redirect_stdout(sys.stderr), progress_bar("calibrating") as progress:
+            report = calibrate(model, output, chosen, text, device, progress, resume)
+    except KeyboardInterrupt:
+        kept = snapshot_path(output)
+        if not kept.exists():
+            raise
+        print(
+            f"interrupted; {kept} holds what was learned: the same command with "
+            "--resume goes on from there",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
     plain, quantized = (
         math.exp(loss) for loss in (report.held_out.plain, report.held_out.quantized)
     )

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model and a recipe to learned transforms."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from ...kernels.grid import IntGrid
+from ...load_time import check_finite
+from ...schema import LowbitConfig
+from ..llama import LlamaStages
+from ..plan import Transforms, online
+from ..recipe import Recipe
+from ..source import Source
+from ..vocabulary import Vocabulary, plain_vocabulary
+from .model import LearningModel
+from .parameters import Learned, Parameters, Tensors
+from .run import Learner, Progress, Task
+from .snapshot import Curve, Snapshot
+from .start import start
+from .teacher import Teacher
+
+
+def learn_transforms(
+    source: Source,
+    recipe: Recipe,
+    quantization: LowbitConfig,
+    windows: torch.Tensor,
+    snapshot: Snapshot,
+    progress: Progress,
+) -> tuple[Learned, Curve]:
+    """Learn what the recipe says is learned.
+
+    Args:
+        source: the float model.
+        recipe: steps and tokens per step filled in.
+        quantization: what will be served.
+        windows: token ids ``[windows, tokens]`` to learn on, on the device to use.
+        snapshot: where the state is kept, and gone on from.
+        progress: called with steps done, their number, and the loss.
+
+    Returns:
+        the transforms of every layer, and steps done with the loss of each.
+
+    Raises:
+        CheckpointError: naming a tensor of the base model that is not finite.
+        CalibrationError: naming the step at which numbers were not.
+        ConfigError: when the snapshot belongs to another run.
+    """
+    device, scheme = str(windows.device), quantization.scheme
+    fixed = Transforms.of(source.shape, quantization.rotations)
+    config = LlamaConfig.from_pretrained(source.directory)
+    layers = [_layer(source, index, device) for index in range(source.shape.num_layers)]
+    plain = plain_vocabulary(source)
+    vocabulary = Vocabulary(
+        *(t.to(device) for t in (plain.embedding, plain.norm, plain.head))
+    )
+    stages = LlamaStages(config, source.shape, device=device)
+    teacher = Teacher.of(stages, layers, vocabulary, windows)
+    parameters = start(source.shape, recipe, fixed, layers, teacher)
+    weights = None
+    if recipe.learn.quantize_weights:
+        grid = IntGrid(scheme.weights.bits, scheme.weights.symmetric)
+        weights = grid, scheme.weights.group_size
+    model = LearningModel(
+        config,
+        source.shape,
+        layers,
+        vocabulary,
+        online(scheme, fixed),
+        weights,
+        device,
+    )
+    task = Task(model, teacher, windows, recipe.learn, recipe.seed)
+    origin = _origin(source, recipe, windows, teacher, parameters)
+    curve = Learner(task, parameters, snapshot, origin, progress).run()
+    for leaf in parameters.leaves().values():
+        leaf.requires_grad_(False)
+    return _finished(source, parameters, layers), curve
+
+
+def _layer(source: Source, index: int, device: str) -> Tensors:
+    tensors = source.layer(index)
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"model.layers.{index}.{name}")
+    return {name: tensor.float().to(device) for name, tensor in tensors.items()}
+
+
+def _origin(
+    source: Source,
+    recipe: Recipe,
+    windows: torch.Tensor,
+    teacher: Teacher,
+    parameters: Parameters,
+) -> dict[str, str]:
+    """All that the result depends on; the float model's numbers stand for its weights
+    and for how this machine computes."""
+    start_of = torch.cat([t.detach().flatten() for t in parameters.leaves().values()])
+    packages = ("vllm-lowbit", "torch", "transformers")
+    return {
+        "the base model": source.name,
+        "the recipe": recipe.sha256(),
+        "the tokens": _hash(windows),
+        "the float model's hidden states": _hash(teacher.states),
+        "the start": _hash(start_of),
+        "the versions": json.dumps({name: version(name) for name in packages}),
+    }
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    return sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+@torch.no_grad()
+def _finished(
+    source: Source, parameters: Parameters, layers: Sequence[Tensors]
+) -> Learned:
+    rotated = parameters.residual(torch.float64) is not None
+    folded = []
+    for index, weights in enumerate(layers):
+        layer = parameters.layer(index, torch.float64)
+        exact: dict[str, Any] = {}
+        for name, norm in (
+            ("attn_scale", "input_layernorm.weight"),
+            ("mlp_scale", "post_attention_layernorm.weight"),
+        ):
+            scale: torch.Tensor | None = getattr(layer, name)
+            if scale is not None:
+                gamma = weights[norm].double()
+                gamma = torch.ones_like(gamma) if rotated else gamma
+                stored = source.tensor(f"model.layers.{index}.{norm}").dtype
+                exact[name] = _storable(scale, gamma, stored)
+        folded.append(replace(layer, **exact))
+    return Learned(parameters.residual(torch.float64), tuple(folded))
+
+
+def _storable(
+    scale: torch.Tensor, gamma: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The scale near this one with which the norm's weight is a number of its dtype.
+
+    The linears, folded in float64, then make up for it exactly.
+    """
+    stored = (gamma / scale).to(dtype).double()
+    return torch.where(stored == 0, scale, gamma / stored)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is learned, and the transforms it stands for."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...architecture import LlamaShape
+from ..plan import Transforms
+from ..transforms import Dense, LayerTransforms, Orthogonal
+
+SCALES = ("attn_scale", "mlp_scale", "value_scale", "key_scale", "up_scale")
+Tensors = dict[str, torch.Tensor]
+
+
+def scale_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """Of the scales of one layer, by their names in LayerTransforms."""
+    return {
+        "attn_scale": (shape.hidden_size,),
+        "mlp_scale": (shape.hidden_size,),
+        "value_scale": (shape.num_kv_heads * shape.head_dim,),
+        "key_scale": (shape.num_kv_heads, shape.head_dim // 2),
+        "up_scale": (shape.intermediate_size,),
+    }
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Rotations and the logarithms of scales, float64; what is absent is not learned.
+
+    Attributes:
+        fixed: the transforms that are not.
+        rotations: ``residual`` ``[1, hidden, hidden]`` and ``value``
+            ``[layers, num_kv_heads, head_dim, head_dim]``.
+        log_scales: by name, ``[layers, ...]``; see :func:`scale_shapes`.
+        learned: the names of those that are; other scales stay as they start.
+    """
+
+    fixed: Transforms
+    rotations: Tensors
+    log_scales: Tensors
+    learned: frozenset[str]
+
+    def leaves(self) -> Tensors:
+        """All that is learned, by name."""
+        every = self.rotations | self.log_scales
+        return {name: t for name, t in every.items() if name in self.learned}
+
+    def residual(self, dtype: torch.dtype) -> Orthogonal | None:
+        """Rotation of the residual stream."""
+        if "residual" not in self.rotations:
+            return self.fixed.residual
+        return Dense(self.rotations["residual"].to(dtype))
+
+    def layer(self, index: int, dtype: torch.dtype) -> LayerTransforms:
+        """Transforms of one layer, with gradients where they are learned."""
+        fixed = self.fixed.layer(index)
+        value = fixed.value
+        if "value" in self.rotations:
+            value = Dense(self.rotations["value"][index].to(dtype))
+        scales = {
+            name: logs[index].exp().to(dtype) for name, logs in self.log_scales.items()
+        }
+        return LayerTransforms(value=value, down=fixed.down, **scales)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Transforms of every layer, done learning: as :class:`~..plan.Transforms`.
+
+    Attributes:
+        residual: rotation of the residual stream.
+        layers: transforms of each layer, float64.
+    """
+
+    residual: Orthogonal | None
+    layers: tuple[LayerTransforms, ...]
+
+    def layer(self, index: int) -> LayerTransforms:
+        """Those of one decoder layer."""
+        return self.layers[index]

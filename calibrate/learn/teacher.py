@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The float model on the calibration windows: what is aimed at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from ..equalize import InputPower
+from ..llama import RESIDUAL_STAGES, LlamaStages
+from ..vocabulary import Vocabulary
+
+Tensors = dict[str, torch.Tensor]
+CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Float hidden states, from which its logits are cheap.
+
+    Attributes:
+        states: ``[windows, tokens, hidden]``, float32, before the final norm.
+        powers: of each layer's inputs of o_proj and down_proj.
+        stages: the float model.
+        vocabulary: its own.
+    """
+
+    states: torch.Tensor
+    powers: list[InputPower]
+    stages: LlamaStages
+    vocabulary: Vocabulary
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        stages: LlamaStages,
+        layers: Sequence[Tensors],
+        vocabulary: Vocabulary,
+        windows: torch.Tensor,
+    ) -> "Teacher":
+        """Run the float model, layer by layer."""
+        parts = functional.embedding(windows, vocabulary.embedding).split(
+            max(1, CHUNK_TOKENS // windows.shape[1])
+        )
+        powers = []
+        for weights in layers:
+            power = InputPower()
+            for stage in RESIDUAL_STAGES:
+                parts = tuple(
+                    stages.update(stage, weights, part, power.add) for part in parts
+                )
+            powers.append(power)
+        return cls(torch.cat(parts), powers, stages, vocabulary)
+
+    @torch.no_grad()
+    def logits(self, windows: torch.Tensor) -> torch.Tensor:
+        """``[windows, tokens, vocab]`` of some windows, by their indices."""
+        x = self.stages.norm(self.states[windows], self.vocabulary.norm)
+        return functional.linear(x, self.vocabulary.head)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned transforms: exact, helpful, the same each time, and resumable."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_lowbit.calibrate.learn.end_to_end import learn_transforms
+from vllm_lowbit.calibrate.learn.parameters import Learned
+from vllm_lowbit.calibrate.learn.run import Task
+from vllm_lowbit.calibrate.learn.snapshot import Curve, Snapshot
+from vllm_lowbit.calibrate.learn.start import Covariance, womi
+from vllm_lowbit.calibrate.llama import RESIDUAL_STAGES, LlamaStages, Online
+from vllm_lowbit.calibrate.plan import Transforms, plan
+from vllm_lowbit.calibrate.recipe import Learn, Recipe
+from vllm_lowbit.calibrate.source import Source
+from vllm_lowbit.calibrate.text import calibration_windows, default_text
+from vllm_lowbit.calibrate.transforms import fold_embedding, fold_head, fold_layer
+from vllm_lowbit.schema import Provenance
+
+MODELS = Path(__file__).parents[3] / "models"
+ALL = {"residual": "learned", "value": "learned", "scales": "learned"}
+PROVENANCE = Provenance(base_model="x", recipe="x", recipe_sha256="0" * 64)
+
+
+def _recipe(
+    transforms: dict[str, Any], steps: int, scheme: str = "w4a4kv4", **learn: Any
+) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "scheme": scheme,
+            "transforms": transforms,
+            "learn": {"steps": steps, "tokens_per_step": 64, **learn},
+            "weights": {"method": "rtn"},
+            "data": {"samples": 8, "seq_len": 32},
+        }
+    )
+
+
+def _learn(
+    model: Path, recipe: Recipe, windows: torch.Tensor, tmp_path: Path
+) -> tuple[Learned, Curve]:
+    source = Source.open(str(model))
+    config = plan(source.shape, recipe, "x", PROVENANCE)
+    snapshot = Snapshot.of(tmp_path / "none", recipe, resume=False)
+    try:
+        return learn_transforms(
+            source, recipe, config, windows, snapshot, lambda done, total, what: None
+        )
+    finally:
+        snapshot.remove()
+
+
+def _logits(
+    model: Path, recipe: Recipe, learned: Learned, ids: torch.Tensor
+) -> torch.Tensor:
+    """Of the folded float64 model, norms rounded to what is stored, quantizers off."""
+    source = Source.open(str(model))
+    config = plan(source.shape, recipe, "x", PROVENANCE)
+    fixed = Transforms.of(source.shape, config.rotations)
+    served = Online(key=fixed.key, down=fixed.down)
+    stages = LlamaStages(LlamaConfig.from_pretrained(model), source.shape, served)
+    embedding = source.tensor("model.embed_tokens.weight")
+    norm, head = source.tensor("model.norm.weight"), embedding
+    if not source.shape.tie_word_embeddings:
+        head = source.tensor("lm_head.weight")
+    x = fold_embedding(embedding, learned.residual)[ids]
+    for index in range(source.shape.num_layers):
+        tensors = source.layer(index)
+        weights = fold_layer(
+            tensors, source.shape, learned.residual, learned.layer(index)
+        )
+        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            weights[name] = weights[name].to(tensors[name].dtype).double()
+        for stage in RESIDUAL_STAGES:
+            x = stages.update(stage, weights, x)
+    if learned.residual is None:
+        return stages.norm(x, norm.double()) @ head.double().t()
+    ones = torch.ones_like(norm, dtype=torch.float64)
+    return stages.norm(x, ones) @ fold_head(head, norm, learned.residual).t()
+
+
+def _check_exact(
+    model: Path, transforms: dict[str, Any], tmp_path: Path, **learn: Any
+) -> None:
+    recipe = _recipe(transforms, 3, rotation_lr=0.5, start="hadamard", **learn)
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(vocab, (8, 32), generator=generator)
+    learned, curve = _learn(model, recipe, windows, tmp_path)
+    assert [step for step, _ in curve] == [1, 2, 3]
+    hf = LlamaForCausalLM.from_pretrained(model, dtype=torch.float64)
+    with torch.no_grad():
+        expected = hf(windows[:2]).logits
+        logits = _logits(model, recipe, learned, windows[:2])
+    assert (logits - expected).norm() < 1e-6 * expected.norm()
+    if transforms["scales"] == "learned":
+        for name in ("attn_scale", "mlp_scale", "value_scale", "key_scale", "up_scale"):
+            scale = getattr(learned.layer(0), name)
+            assert 0.01 < float(scale.log().abs().max()) < 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "transforms"),
+    [
+        ({}, ALL),
+        ({"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}, ALL),
+        ({"num_attention_heads": 6, "hidden_size": 192, "dtype": "float16"}, ALL),
+        ({"num_key_value_heads": 4}, ALL | {"equalize": True, "residual": "hadamard"}),
+        ({}, ALL | {"residual": "none"}),
+        ({"tie_word_embeddings": True}, ALL | {"residual": "none"}),
+        ({}, ALL | {"scales": "none", "equalize": True}),
+    ],
+)
+def test_exact_in_float64(
+    tmp_path: Path,
+    tiny_llama: Callable[..., Path],
+    rewrite: Callable[..., Path],
+    sizes: dict[str, Any],
+    transforms: dict[str, Any],
+) -> None:
+    model = tiny_llama(tmp_path / "base", **sizes)
+    generator = torch.Generator().manual_seed(0)
+
+    def spread(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            if tensor.dim() == 1:
+                tensor += torch.rand(tensor.shape, generator=generator).to(tensor)
+            else:
+                tensor *= 4
+
+    rewrite(model, spread)
+    scales = {"scale_lr": 0.1} if transforms["scales"] == "learned" else {}
+    _check_exact(model, transforms, tmp_path, **scales)
+
+
+@pytest.mark.parametrize("name", ["ref-7m", "ref-7m-outliers"])
+def test_exact_in_float64_on_a_trained_model(tmp_path: Path, name: str) -> None:
+    transforms = ALL | {"equalize": True}
+    _check_exact(MODELS / name, transforms, tmp_path, scale_lr=0.1)
+
+
+ROTATIONS = ALL | {"scales": "none"}
+
+
+@pytest.mark.parametrize(
+    ("transforms", "learn"),
+    [
+        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02}),
+        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02, "quantize_weights": True}),
+        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02, "loss": "mse"}),
+        (ROTATIONS, {"rotation_lr": 0.1, "loss": "cross_entropy"}),
+        (ROTATIONS, {"rotation_lr": 1.5, "optimizer": "cayley_sgd"}),
+        ({"scales": "learned"}, {"scale_lr": 0.05}),
+    ],
+)
+def test_learning_lowers_the_loss(
+    tmp_path: Path, transforms: dict[str, Any], learn: dict[str, Any]
+) -> None:
+    """Every step has the same windows, so that losses can be compared."""
+    model = MODELS / "ref-7m-outliers"
+    windows = calibration_windows(str(model), default_text(), 2, 32, seed=0)
+    recipe = _recipe(transforms, 12, **learn)
+    _, curve = _learn(model, recipe, windows, tmp_path)
+    losses = [loss for _, loss in curve]
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_windows_come_in_turn() -> None:
+    learn = Learn(steps=9, tokens_per_step=64)
+    windows = torch.zeros(7, 32, dtype=torch.int64)
+    task = Task(None, None, windows, learn, seed=3)  # type: ignore[arg-type]
+    chosen = [task.chosen(step).tolist() for step in range(6)]
+    # One of seven is left out of a round of three.
+    for turn in (chosen[:3], chosen[3:]):
+        assert len({index for pair in turn for index in pair}) == 6
+    assert chosen[:3] != chosen[3:]
+    assert chosen == [task.chosen(step).tolist() for step in range(6)]
+
+
+@pytest.mark.parametrize("size", [16, 24, 48])
+def test_womi_evens_out_the_columns(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.linspace(-2, 2, size, dtype=torch.float64).exp()
+    mix, _ = torch.linalg.qr(
+        torch.randn(size, size, generator=generator, dtype=torch.float64)
+    )
+    weight = torch.randn(500, size, generator=generator).double() * spread @ mix
+    covariance = Covariance(size)
+    covariance.add(weight.split(200))
+    assert torch.allclose(covariance.matrix(), weight.t().cov(correction=0))
+    rotation = womi(covariance.matrix(), seed=1)
+    eye = torch.eye(size, dtype=torch.float64)
+    assert (rotation @ rotation.t() - eye).abs().max() < 1e-12
+    before, after = (w.var(dim=0) for w in (weight, weight @ rotation))
+    assert after.max() / after.min() < 2 < before.max() / before.min()
