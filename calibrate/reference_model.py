@@ -5,6 +5,7 @@ It runs the reference operators, one sequence at a time. The served model is tes
 against it; perplexities "by the reference" come from it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
 
 
 class ReferenceLlama:
-    """Llama forward over one sequence.
+    """Llama forward over one sequence, or several side by side.
 
     Everything is computed in float32; what a server holds in its dtype between two
     operators is rounded to ``dtype``, once, at the places where a compiled model
@@ -99,16 +100,23 @@ class ReferenceLlama:
         self.linears = reader.linears()
 
     @torch.no_grad()
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Logits float32 ``[tokens, vocabulary]`` of token_ids ``[tokens]``."""
+    def __call__(
+        self, token_ids: torch.Tensor, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Logits float32 ``[tokens, vocabulary]`` of token_ids ``[tokens]``.
+
+        Args:
+            lengths: of the sequences that lie one after the other in token_ids; None
+                is a single one.
+        """
+        lengths = [len(token_ids)] if lengths is None else list(lengths)
         x = self._round(self.vocabulary.look_up(token_ids))
-        positions = torch.arange(len(token_ids)).unsqueeze(0)
-        cos, sin = (self._round(t[0]) for t in self.rotary(x, positions))
+        cos, sin = self._cos_sin(lengths)
         residual = torch.zeros_like(x)
         for layer in range(self.shape.num_layers):
             prefix = f"model.layers.{layer}."
             h, residual = self._add_norm(x, residual, prefix + "input_layernorm")
-            h = self._attention(h, prefix, cos, sin)
+            h = self._attention(h, prefix, cos, sin, lengths)
             x = self._run(prefix + "self_attn.o_proj", h)
             h, residual = self._add_norm(
                 x, residual, prefix + "post_attention_layernorm"
@@ -117,6 +125,30 @@ class ReferenceLlama:
             x = self._run(prefix + "mlp.down_proj", self._silu_and_mul(h))
         h, _ = self._add_norm(x, residual, "model.norm")
         return self._round(self.vocabulary.logits(h, self.dtype))
+
+    def block(self, name: str, stream: torch.Tensor) -> torch.Tensor:
+        """What one block adds to the residual stream of one sequence.
+
+        Args:
+            name: such as ``model.layers.0.self_attn`` or ``model.layers.0.mlp``.
+            stream: float32 ``[tokens, hidden]``, before the block's norm.
+        """
+        layer, _, kind = name.rpartition(".")
+        prefix, start = f"{layer}.", torch.zeros_like(stream)
+        if kind == "self_attn":
+            h, _ = self._add_norm(stream, start, prefix + "input_layernorm")
+            lengths = [len(stream)]
+            h = self._attention(h, prefix, *self._cos_sin(lengths), lengths)
+            return self._run(prefix + "self_attn.o_proj", h)
+        h, _ = self._add_norm(stream, start, prefix + "post_attention_layernorm")
+        h = self._run(prefix + "mlp.gate_up_proj", h)
+        return self._run(prefix + "mlp.down_proj", self._silu_and_mul(h))
+
+    def _cos_sin(self, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every position, ``[tokens, head_dim]`` each."""
+        positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+        cos, sin = self.rotary(torch.empty(0), positions)
+        return self._round(cos[0]), self._round(sin[0])
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.dtype).float()
@@ -149,7 +181,12 @@ class ReferenceLlama:
         return self._round(x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1))
 
     def _attention(
-        self, h: torch.Tensor, prefix: str, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        h: torch.Tensor,
+        prefix: str,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        lengths: list[int],
     ) -> torch.Tensor:
         shape = self.shape
         qkv = self._run(prefix + "self_attn.qkv_proj", h)
@@ -163,11 +200,19 @@ class ReferenceLlama:
             k, v = _through_cache(k), _through_cache(v)
         group = shape.num_heads // shape.num_kv_heads
         k, v = (t.repeat_interleave(group, dim=1).double() for t in (k, v))
-        scores = torch.einsum("qhd,thd->hqt", q.double(), k) * shape.head_dim**-0.5
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        attended = torch.einsum("hqt,thd->qhd", probabilities, v)
+        sequences = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+        attended = torch.cat([_causal_attention(*each) for each in sequences])
         return self._round(attended.flatten(1))
+
+
+def _causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Of one sequence, float64 ``[tokens, heads, head_dim]`` each; q of any dtype."""
+    scores = torch.einsum("qhd,thd->hqt", q.double(), k) * q.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    probabilities = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqt,thd->qhd", probabilities, v)
 
 
 def _through_cache(x: torch.Tensor) -> torch.Tensor:
