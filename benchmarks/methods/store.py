@@ -106,6 +106,7 @@ def run_all(
     for worker in range(workers):
         shares.put(cores[worker::workers] or cores)
     running: set[subprocess.Popen[bytes]] = set()
+    stopped = threading.Event()
     left = 0
 
     def run(cell: Cell, fingerprint: str) -> None:
@@ -115,7 +116,9 @@ def run_all(
             return
         share = shares.get()
         try:
-            keep(cell, _run(cell, fingerprint, share, logs, running))
+            record = _run(cell, fingerprint, share, logs, running)
+            if not stopped.is_set():
+                keep(cell, record)
         finally:
             shares.put(share)
 
@@ -124,6 +127,7 @@ def run_all(
             for future in [pool.submit(run, *each) for each in cells]:
                 future.result()
         except BaseException:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 _kill(process)

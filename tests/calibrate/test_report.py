@@ -51,6 +51,13 @@ def run(*arguments: object, code: int = 0) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of few cells are drawn sooner."""
+    monkeypatch.setattr("vllm_lowbit.calibrate.observe.SAMPLE_TOKENS", 8)
+    monkeypatch.setattr("vllm_lowbit.calibrate.observe.SAMPLE_CHANNELS", 8)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
     directory = tmp_path_factory.mktemp("models") / "base"
