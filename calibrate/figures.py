@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of a report, as PNG files. Needs matplotlib, the extra ``report``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def write_figures(
 
     matplotlib.use("Agg")
     places = _by_kind(observation)
-    figures = {
+    figures: dict[str, tuple[Callable[[Any], tuple[Any, str] | None], Any]] = {
         "surfaces.png": (_surfaces, places),
         "channels.png": (_channels, places),
         "errors.png": (_errors, observation.errors),

@@ -99,7 +99,7 @@ def write_report(
     parts = _windows(target, data or default_text(), samples, seq_len)
     calibration = read_calibration(checkpoint)
     observation = observe(
-        str(base), str(checkpoint), parts, lambda *n: progress(*n, "observing")
+        str(base), str(checkpoint), parts, _part(progress, "observing")
     )
     measured = list(_measured(checkpoint, base, data, seq_len, max_tokens, progress))
     answers = _answers(checkpoint, base, tasks or [], limit, progress)
@@ -147,6 +147,10 @@ def read_calibration(checkpoint: Path) -> Calibration:
     return validate(Calibration, data, str(path))
 
 
+def _part(progress: Progress, what: str) -> Callable[[int, int], object]:
+    return lambda done, total: progress(done, total, what)
+
+
 def _windows(target: Target, text: Path, samples: int, seq_len: int) -> list[Any]:
     if samples < 1:
         raise ConfigError(f"samples must be at least 1, got {samples}")
@@ -177,7 +181,7 @@ def _measured(
             data,
             seq_len,
             max_tokens,
-            progress=lambda *n: progress(*n, what),
+            progress=_part(progress, what),
         )
 
     plain = perplexity(base, "perplexity of the base model")
@@ -202,7 +206,7 @@ def _answers(
 
     def answer(model: Path, what: str) -> ChoiceEvaluation:
         return evaluate_choices(
-            str(model), tasks, limit, progress=lambda *n: progress(*n, what)
+            str(model), tasks, limit, progress=_part(progress, what)
         )
 
     plain = answer(base, "tasks by the base model")
