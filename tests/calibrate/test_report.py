@@ -134,7 +134,8 @@ class TestBadInput:
         (checkpoint / "report").mkdir()
         (checkpoint / "report" / "x").touch()
         _, stderr = run(checkpoint, "--base", base, code=1)
-        assert stderr.startswith(f"error: output {checkpoint / 'report'}")
+        directory = checkpoint / "report"
+        assert stderr.startswith(f"error: output directory {directory} exists and is")
 
     def test_nothing_is_left(
         self, checkpoint: Path, base: Path, monkeypatch: pytest.MonkeyPatch
