@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub.errors import HFValidationError
@@ -159,6 +160,23 @@ def render_card(card: Card) -> str:
         transforms=_transforms(card),
         commands=_commands(card),
     )
+
+
+def link_report(directory: Path, page: Path) -> None:
+    """Name a report in the card of a checkpoint, where it lies inside of it.
+
+    Args:
+        directory: of the checkpoint; without a card nothing is done.
+        page: the report; one that lies elsewhere, or is named already, is not added.
+    """
+    card, root = directory / CARD, directory.resolve()
+    if not card.is_file() or not page.resolve().is_relative_to(root):
+        return
+    link = f"[report]({quote(page.resolve().relative_to(root).as_posix())})"
+    text = card.read_bytes().decode()
+    if link not in text:
+        section = f"\n## Report\n\nActivations, errors and transforms: {link}\n"
+        card.write_bytes((text.rstrip("\n") + "\n" + section).encode())
 
 
 def render_export_card(card: ExportCard) -> str:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,11 @@ import torch
 from pydantic import ValidationError
 
 from ..errors import LowbitError, UnsupportedError
+from .perplexity import Scored, batches
 
+# Of the longest length; shorter ones share their cache.
 WINDOWS_AT_ONCE = 4
+SEQUENCES_AT_ONCE = 16
 # Float32 logits of so many tokens are in memory at once.
 MAX_BATCHED_TOKENS = 2048
 MIN_CACHE_BYTES = 64 << 20
@@ -47,7 +50,7 @@ def offline_engine(
         "model": model,
         # One more than is scored: vLLM insists on generating a token.
         "max_model_len": seq_len + 1,
-        "max_num_seqs": WINDOWS_AT_ONCE,
+        "max_num_seqs": SEQUENCES_AT_ONCE,
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "kv_cache_memory_bytes": max(cache, MIN_CACHE_BYTES),
         "enable_prefix_caching": False,
@@ -70,26 +73,28 @@ def offline_engine(
             torch.set_num_threads(threads)
 
 
-def prompt_losses(llm: Any, windows: list[torch.Tensor]) -> Iterator[float]:
-    """Negative log-likelihood of each window's tokens after its first, in nats.
+def prompt_losses(llm: Any, sequences: Iterable[Scored]) -> Iterator[float]:
+    """Negative log-likelihood of each sequence's scored tokens, in nats.
 
     Args:
         llm: an engine of :func:`offline_engine`.
-        windows: token ids, int64 ``[n]`` each.
+        sequences: what is scored.
     """
     from vllm import SamplingParams
 
-    scored = SamplingParams(
+    parameters = SamplingParams(
         max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False
     )
-    for first in range(0, len(windows), WINDOWS_AT_ONCE):
-        part = windows[first : first + WINDOWS_AT_ONCE]
-        prompts = [{"prompt_token_ids": window.tolist()} for window in part]
-        for output in llm.generate(prompts, scored, use_tqdm=False):
+    for part in batches(sequences, MAX_BATCHED_TOKENS):
+        prompts = [{"prompt_token_ids": scored.token_ids.tolist()} for scored in part]
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        for scored, output in zip(part, outputs, strict=True):
             yield -math.fsum(
                 entry[token].logprob
                 for token, entry in zip(
-                    output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+                    output.prompt_token_ids[scored.start :],
+                    output.prompt_logprobs[scored.start :],
+                    strict=True,
                 )
             )
 

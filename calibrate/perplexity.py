@@ -2,7 +2,7 @@
 """Perplexity of a text in windows, and the text's tokens."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,35 @@ class Perplexity:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A sequence and which of its tokens are scored.
+
+    Attributes:
+        token_ids: int64 ``[n]``.
+        start: the first token whose likelihood counts, from 1; those before it are
+            only seen.
+    """
+
+    token_ids: torch.Tensor
+    start: int = 1
+
+
+def batches(sequences: Iterable[Scored], tokens: int) -> Iterator[list[Scored]]:
+    """Sequences in their order, in groups of at most ``tokens`` where one fits."""
+    group: list[Scored] = []
+    size = 0
+    for sequence in sequences:
+        length = len(sequence.token_ids)
+        if group and size + length > tokens:
+            yield group
+            group, size = [], 0
+        group.append(sequence)
+        size += length
+    if group:
+        yield group
+
+
 def tokenize(model: str, text: Path, max_tokens: int | None = None) -> torch.Tensor:
     """First ``max_tokens`` token ids of a text file, all by default; int64.
 
@@ -50,15 +79,18 @@ def windows(token_ids: torch.Tensor, seq_len: int) -> list[torch.Tensor]:
     return [window for window in token_ids.split(seq_len) if len(window) > 1]
 
 
-def negative_log_likelihood(logits: torch.Tensor, token_ids: torch.Tensor) -> float:
-    """Of a window's tokens after its first, in nats, summed in float64.
+def negative_log_likelihood(
+    logits: torch.Tensor, token_ids: torch.Tensor, start: int = 1
+) -> float:
+    """Of the tokens from ``start`` on, in nats, summed in float64.
 
     Args:
         logits: ``[n, vocabulary]``.
         token_ids: int64 ``[n]``.
+        start: from 1, as nothing predicts the first token.
     """
-    log_probs = logits[:-1].double().log_softmax(-1)
-    return -float(log_probs.gather(1, token_ids[1:, None]).sum())
+    log_probs = logits[start - 1 : -1].double().log_softmax(-1)
+    return -float(log_probs.gather(1, token_ids[start:, None]).sum())
 
 
 def mean_perplexity(losses: Iterable[float], tokens: int) -> Perplexity:

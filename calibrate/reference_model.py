@@ -6,6 +6,8 @@ sequence at a time. The served model is tested against it; perplexities "by the
 reference" come from it.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +47,7 @@ def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
 
 
 class ReferenceLlama:
-    """Llama forward over one sequence.
+    """Llama forward over one sequence, or several side by side.
 
     Everything is computed in float32; what a server holds in its dtype between two
     operators is rounded to ``dtype``, once, at the places where a compiled model
@@ -103,16 +105,23 @@ class ReferenceLlama:
         self.linears = reader.linears()
 
     @torch.no_grad()
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Logits float32 ``[tokens, vocabulary]`` of token_ids ``[tokens]``."""
+    def __call__(
+        self, token_ids: torch.Tensor, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Logits float32 ``[tokens, vocabulary]`` of token_ids ``[tokens]``.
+
+        Args:
+            lengths: of the sequences that lie one after the other in token_ids; None
+                is a single one.
+        """
+        lengths = [len(token_ids)] if lengths is None else list(lengths)
         x = self._round(self.vocabulary.look_up(token_ids))
-        positions = torch.arange(len(token_ids)).unsqueeze(0)
-        cos, sin = (self._round(t[0]) for t in self.rotary(x, positions))
+        cos, sin = self._cos_sin(lengths)
         residual = torch.zeros_like(x)
         for layer in range(self.shape.num_layers):
             prefix = f"model.layers.{layer}."
             h, residual = self._add_norm(x, residual, prefix + "input_layernorm")
-            h = self._attention(h, prefix, cos, sin)
+            h = self._attention(h, prefix, cos, sin, lengths)
             x = self._run(prefix + "self_attn.o_proj", h)
             h, residual = self._add_norm(
                 x, residual, prefix + "post_attention_layernorm"
@@ -121,6 +130,30 @@ class ReferenceLlama:
             x = self._run(prefix + "mlp.down_proj", self._silu_and_mul(h))
         h, _ = self._add_norm(x, residual, "model.norm")
         return self._round(self.vocabulary.logits(h, self.dtype))
+
+    def block(self, name: str, stream: torch.Tensor) -> torch.Tensor:
+        """What one block adds to the residual stream of one sequence.
+
+        Args:
+            name: such as ``model.layers.0.self_attn`` or ``model.layers.0.mlp``.
+            stream: float32 ``[tokens, hidden]``, before the block's norm.
+        """
+        layer, _, kind = name.rpartition(".")
+        prefix, start = f"{layer}.", torch.zeros_like(stream)
+        if kind == "self_attn":
+            h, _ = self._add_norm(stream, start, prefix + "input_layernorm")
+            lengths = [len(stream)]
+            h = self._attention(h, prefix, *self._cos_sin(lengths), lengths)
+            return self._run(prefix + "self_attn.o_proj", h)
+        h, _ = self._add_norm(stream, start, prefix + "post_attention_layernorm")
+        h = self._run(prefix + "mlp.gate_up_proj", h)
+        return self._run(prefix + "mlp.down_proj", self._silu_and_mul(h))
+
+    def _cos_sin(self, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every position, ``[tokens, head_dim]`` each."""
+        positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+        cos, sin = self.rotary(torch.empty(0), positions)
+        return self._round(cos[0]), self._round(sin[0])
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.dtype).float()
@@ -153,7 +186,12 @@ class ReferenceLlama:
         return self._round(x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1))
 
     def _attention(
-        self, h: torch.Tensor, prefix: str, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        h: torch.Tensor,
+        prefix: str,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        lengths: list[int],
     ) -> torch.Tensor:
         shape = self.shape
         qkv = self._run(prefix + "self_attn.qkv_proj", h)
@@ -161,16 +199,17 @@ class ReferenceLlama:
             [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1
         )
         q, k = (self._rope(t, cos, sin) for t in (q, k))
+        attend: Callable[..., torch.Tensor] = _attend
         if self.config is not None and self.config.scheme.kv_cache.bits == 4:
             rotate = self.config.rotations.k is not None
-            attended = _attend_through_cache(q, k, v, rotate)
-        else:
-            attended = _attend(q, k, v)
+            attend = functools.partial(_attend_through_cache, rotate=rotate)
+        sequences = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+        attended = torch.cat([attend(*each) for each in sequences])
         return self._round(attended.flatten(1))
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention in float64 of ``[tokens, heads, head_dim]``."""
+    """Causal attention of one sequence, in float64: ``[tokens, heads, head_dim]``."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1).double() for t in (k, v))
     scores = torch.einsum("qhd,thd->hqt", q.double(), k) * q.shape[2] ** -0.5

@@ -4,6 +4,7 @@
 import heapq
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,6 +80,25 @@ def token_ids(model: str, content: str) -> list[int]:
     Raises:
         ConfigError: when there is no tokenizer, or it cannot be loaded.
     """
+    return encode(load_tokenizer(model), content)
+
+
+def encode(tokenizer: Any, content: str) -> list[int]:
+    """As :func:`token_ids`, with a tokenizer of :func:`load_tokenizer`."""
+    encoded = tokenizer(content, verbose=False, return_attention_mask=False)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model, as transformers has it.
+
+    Args:
+        model: directory or hub name.
+
+    Raises:
+        ConfigError: when there is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     directory = Path(model)
@@ -87,13 +107,10 @@ def token_ids(model: str, content: str) -> list[int]:
     ):
         raise ConfigError(f"{model}: has no tokenizer, such as tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # a broken file raises whatever its parser does
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"{model}: its tokenizer cannot be loaded: {type(error).__name__}: "
             f"{shorten(reason)}"
         ) from None
-    encoded = tokenizer(content, verbose=False, return_attention_mask=False)
-    ids: list[int] = encoded["input_ids"]
-    return ids

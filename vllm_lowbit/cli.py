@@ -13,12 +13,15 @@ from .commands.env import env
 from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.inspect import inspect
+from .commands.report import report
 from .errors import LowbitError
 
 # Packages that some commands need, and the extra of ours that installs each.
 EXTRAS = {
     "compressed_tensors": "calibrate",
     "huggingface_hub": "calibrate",
+    "jinja2": "calibrate",
+    "matplotlib": "report",
     "transformers": "calibrate",
     "yaml": "calibrate",
     "vllm": "serve",
@@ -73,5 +76,5 @@ def main(
     """4-bit weights, activations and KV cache for stock vLLM."""
 
 
-for command in (calibrate, evaluate, inspect, export, env):
+for command in (calibrate, evaluate, report, inspect, export, env):
     app.command()(command)

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_lowbit.calibrate.choices import read_tasks, tokenize_tasks
 from vllm_lowbit.calibrate.evaluate import Evaluation, evaluate
+from vllm_lowbit.calibrate.perplexity import Scored
+from vllm_lowbit.calibrate.scoring import Target, open_scorer
 from vllm_lowbit.errors import CheckpointError
 
 pytestmark = pytest.mark.live
 
-TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "wikitext-2" / "test.txt"
+DATA = Path(__file__).parents[2] / "benchmarks" / "data"
+TEXT, BLIMP = DATA / "wikitext-2" / "test.txt", DATA / "blimp"
 VARIABLES = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
 
 
@@ -29,6 +33,22 @@ def test_backends_agree(model: str, scheme: str | None, bound: float) -> None:
     assert served.tokens == expected.tokens == 2000 - 4
     assert served.scheme == expected.scheme == (scheme or "float")
     assert (served.backend, served.dtype) == ("vllm", "float32")
+
+
+def test_choices(model: str) -> None:
+    """Sentences of all lengths, several in a batch."""
+    target = Target.open(model)
+    tasks = read_tasks(sorted(BLIMP.glob("*island*.jsonl")), 4)
+    sequences = [scored for part in tokenize_tasks(target, tasks) for scored in part]
+    # A context is seen and not scored.
+    sequences += [Scored(s.token_ids, len(s.token_ids) - 2) for s in sequences[:8]]
+    longest = max(len(scored.token_ids) for scored in sequences)
+    losses = {}
+    for backend in ("reference", "vllm"):
+        with open_scorer(target, longest, backend, "float32") as scorer:
+            losses[backend] = list(scorer.losses(sequences))
+    assert len(losses["vllm"]) == len(sequences) > 40
+    assert losses["vllm"] == pytest.approx(losses["reference"], rel=1e-3)
 
 
 def test_nothing_is_left(tiny_llama: Any, rewrite: Any, tmp_path: Path) -> None:

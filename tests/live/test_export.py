@@ -12,6 +12,7 @@ from vllm_lowbit.calibrate.evaluate import evaluate
 from vllm_lowbit.calibrate.export import export
 from vllm_lowbit.calibrate.offline_engine import offline_engine, prompt_losses
 from vllm_lowbit.calibrate.perplexity import (
+    Scored,
     mean_perplexity,
     negative_log_likelihood,
     tokenize,
@@ -81,7 +82,7 @@ def test_stock_vllm(
         methods = {type(linear.quant_method).__module__ for linear in linears}
         assert {method.partition(".")[0] for method in methods} == {"vllm"}
         assert {type(linear.scheme).__name__ for linear in linears} == {KERNELS[scheme]}
-        served = perplexity(prompt_losses(llm, parts), parts)
+        served = perplexity(prompt_losses(llm, map(Scored, parts)), parts)
     export_perplexities[scheme] = {
         "lowbit checkpoint, reference": expected,
         "exported, stock vLLM": served,

@@ -6,11 +6,17 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Column, Table
 
+from ..errors import ConfigError
 from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from ..calibrate.choices import ChoiceEvaluation, Score
 
 
 def evaluate(
@@ -18,11 +24,26 @@ def evaluate(
         str,
         typer.Argument(metavar="MODEL", help="Directory of a plain or lowbit model."),
     ],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="UTF-8 text to measure the perplexity of."),
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="Multiple choice: .jsonl of ctx, choices and gold, or of BLiMP; may "
+            "be given again.",
+        ),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window of --data.")] = 512,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Use the first N tokens of the text; all by default."),
+        typer.Option(help="Use the first N tokens of --data; all by default."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Use the first N questions of each task; all by default."),
     ] = None,
     backend: Annotated[
         str,
@@ -52,19 +73,54 @@ def evaluate(
         bool, typer.Option("--verbose", help="Show vLLM's log, on stderr.")
     ] = False,
 ) -> None:
-    """Measure the perplexity of a text, in windows that do not overlap."""
+    """Measure the perplexity of a text, or accuracy on multiple choice.
+
+    A text is cut into windows that do not overlap. A question is answered by the choice
+    that is most likely after its context.
+    """
+    from ..calibrate.choices import evaluate_choices
     from ..calibrate.evaluate import evaluate
 
+    if (data is None) == (not tasks):
+        raise ConfigError("pass either --data or --tasks")
     # stdout has the result only; vLLM's log would go there.
     with redirect_stdout(sys.stderr), progress_bar("evaluating") as progress:
-        result = evaluate(
-            model, data, seq_len, max_tokens, backend, scheme, dtype, progress, verbose
-        )
+        run = (backend, scheme, dtype, progress, verbose)
+        if data is not None:
+            result = evaluate(model, data, seq_len, max_tokens, *run)
+        else:
+            answers = evaluate_choices(model, tasks or [], limit, *run)
     if as_json:
-        print(json.dumps(asdict(result), indent=2))
-        return
-    print(f"perplexity {result.perplexity:.4f} over {result.tokens} predicted tokens")
+        print(json.dumps(asdict(answers if data is None else result), indent=2))
+    elif data is None:
+        _show(answers)
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} over {result.tokens} predicted tokens"
+        )
+        print(
+            f"{result.model}: scheme {result.scheme}, backend {result.backend}, "
+            f"{result.dtype}, windows of {result.seq_len} tokens of {result.data}"
+        )
+
+
+def _show(answers: "ChoiceEvaluation") -> None:
+    task = Column("task", overflow="fold")
+    table = Table(task, "questions", "accuracy", "per byte")
+    shown = answers.tasks if len(answers.tasks) == 1 else (*answers.tasks, answers.mean)
+    for score in shown:
+        table.add_row(score.task, str(score.items), *_shares(score))
+    # Names come from files: no markup in them.
+    Console(markup=False, highlight=False).print(table)
     print(
-        f"{result.model}: scheme {result.scheme}, backend {result.backend}, "
-        f"{result.dtype}, windows of {result.seq_len} tokens of {result.data}"
+        f"{answers.model}: scheme {answers.scheme}, backend {answers.backend}, "
+        f"{answers.dtype}; +- is the standard error, the mean counts every task the "
+        "same"
+    )
+
+
+def _shares(score: "Score") -> tuple[str, str]:
+    return (
+        f"{score.accuracy:.4f} +- {score.stderr:.4f}",
+        f"{score.accuracy_norm:.4f} +- {score.stderr_norm:.4f}",
     )

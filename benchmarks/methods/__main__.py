@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of every method, by the reference and by vLLM itself.
+
+    python -m benchmarks.methods
+    python -m benchmarks.methods --cells 'ref-7m/w4a4kv4/*' --time-limit 60
+    python -m benchmarks.methods --report
+
+A cell is MODEL/SCHEME/METHOD/SEED. Each is calibrated and measured in a process of its
+own and written to results/methods.json at once; one that is there is not measured
+again, unless its recipe, the model or a text changed, or --again is given. Every run
+ends by writing methods.md and the plots anew. Needs the extra `bench`.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    # Imports that take seconds come after --help.
+    from .cells import all_cells, select
+    from .store import Store
+
+    if arguments.one is not None:
+        from .measure import measure
+
+        cell = {cell.key: cell for cell in all_cells()}.get(arguments.one)
+        if cell is None:
+            raise SystemExit(f"no cell is named {arguments.one!r}")
+        arguments.output.write_text(json.dumps(measure(cell)))
+        return
+    # Lets the cells that run be ended as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    store = Store(arguments.results / "methods.json")
+    chosen = select(arguments.cells)
+    if not chosen:
+        raise SystemExit(f"no cell matches {arguments.cells!r}; --list prints them")
+    if arguments.list:
+        print("\n".join(cell.key for cell in chosen))
+        return
+    if not arguments.report:
+        _run(store, chosen, arguments)
+    from .report import write_report
+
+    print(write_report(store, arguments.results))
+
+
+def _run(store: Any, chosen: list[Any], arguments: argparse.Namespace) -> None:
+    from vllm_lowbit.errors import ConfigError
+
+    from .protocol import inputs
+    from .store import run_all
+
+    waiting, skipped = [], {}
+    for cell in chosen:
+        reason = cell.skipped()
+        if reason is not None:
+            skipped[reason] = skipped.get(reason, 0) + 1
+            continue
+        try:
+            fingerprint = cell.fingerprint(inputs(cell.model))
+        except ConfigError as error:
+            skipped[str(error)] = skipped.get(str(error), 0) + 1
+            continue
+        if arguments.again or not store.done(cell, fingerprint):
+            waiting.append((cell, fingerprint))
+    for reason, count in skipped.items():
+        print(f"skipped, {count} cells: {reason}", flush=True)
+    print(f"{len(waiting)} of {len(chosen)} cells to measure", flush=True)
+
+    done = 0
+
+    def keep(cell: Any, record: dict[str, Any]) -> None:
+        nonlocal done
+        store.write(cell, record)
+        done += 1
+        error = record.get("error", "").strip().splitlines()[-1:]
+        text = [f"{record['seconds']:.0f} s", *error]
+        print(f"{done}/{len(waiting)} {cell.key}: {', '.join(text)}", flush=True)
+
+    left = run_all(
+        waiting, arguments.workers, arguments.time_limit, arguments.logs, keep
+    )
+    if left:
+        print(f"time limit: {left} cells not started", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add: Any = parser.add_argument
+    add("--cells", default="*", help="only those of this shell pattern")
+    add("--again", action="store_true", help="measure what is there as well")
+    workers = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=workers, help="cells at a time; %(default)s")
+    add("--time-limit", type=float, metavar="MINUTES", help="then start no other cell")
+    add("--list", action="store_true", help="print the cells and end")
+    add("--report", action="store_true", help="measure nothing, write the report")
+    add("--results", type=Path, default=RESULTS, help="default %(default)s")
+    logs = Path(tempfile.gettempdir()) / "lowbit-methods"
+    add("--logs", type=Path, default=logs, help="default %(default)s")
+    add("--one", help=argparse.SUPPRESS)
+    add("--output", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
