@@ -4,6 +4,7 @@
 #
 #   deploy/images/install.sh cpu PREFIX    a new environment in PREFIX, CPU build of vLLM
 #   deploy/images/install.sh cuda          into the Python that has vLLM already
+#   deploy/images/install.sh ray           Ray, into the Python that has this plugin
 #
 # Needs Python 3.11 or 3.12 with headers, and g++ (CXX chooses another). CPU wheels of
 # torch: PIP_EXTRA_INDEX_URL, unless the package index has them.
@@ -11,7 +12,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 
 usage() {
-    echo "usage: $0 cpu PREFIX | cuda" >&2
+    echo "usage: $0 cpu PREFIX | cuda | ray" >&2
     exit 2
 }
 
@@ -55,6 +56,16 @@ if not re.match(r"0\.32(\D|$)", version):
     sys.exit(f"error: vLLM {version} is not supported; supported: 0.32")
 CHECK
     pip_install '.[serve,deploy]'
+    ;;
+ray)
+    [ $# -eq 1 ] || usage
+    python=$(command -v "${PYTHON:-python3}")
+    # -P: not the folder this starts in.
+    "$python" -P -c 'import vllm_lowbit' || {
+        echo "error: there is no vllm-lowbit in $python; install it first" >&2
+        exit 1
+    }
+    pip_install '.[ray]'
     ;;
 *)
     usage

@@ -27,7 +27,7 @@ def tool(name: str) -> str:
 
 
 def test_there_is_one_for_each() -> None:
-    assert [path.name for path in DOCKERFILES] == ["cpu.Dockerfile", "cuda.Dockerfile"]
+    assert [path.stem for path in DOCKERFILES] == ["cpu", "cuda", "ray"]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
@@ -41,9 +41,12 @@ class TestDockerfile:
         assert result.returncode == 0, result.stdout
 
     def test_base_is_pinned(self, path: Path) -> None:
-        bases = [rest for word, rest in instructions(path) if word == "FROM"]
+        words = instructions(path)
+        defaults = dict(r.split("=", 1) for w, r in words if w == "ARG" and "=" in r)
+        bases = [rest for word, rest in words if word == "FROM"]
         assert bases
         for base in bases:
+            base = re.sub(r"\$\{(\w+)\}", lambda m: defaults[m[1]], base)
             assert re.search(r":v?\d+\.\d+\.\d+", base), base
 
     def test_runs_as_a_user_with_a_number(self, path: Path) -> None:
@@ -85,11 +88,13 @@ class TestInstall:
         )
         assert result.returncode == 0, result.stdout
 
-    @pytest.mark.parametrize("args", [[], ["cpu"], ["gpu"], ["cuda", "extra"]])
+    @pytest.mark.parametrize(
+        "args", [[], ["cpu"], ["gpu"], ["cuda", "x"], ["ray", "x"]]
+    )
     def test_usage(self, args: list[str]) -> None:
         result = subprocess.run([INSTALL, *args], capture_output=True, text=True)
         assert result.returncode == 2
-        assert result.stderr.endswith("install.sh cpu PREFIX | cuda\n")
+        assert result.stderr.endswith("install.sh cpu PREFIX | cuda | ray\n")
 
     def test_compiler_is_missed_first(self, tmp_path: Path) -> None:
         result = subprocess.run(
@@ -108,19 +113,26 @@ class TestInstall:
         assert result.returncode == 1
         assert f"error: {tmp_path} exists" in result.stderr
 
-    def test_cuda_without_vllm(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("what", "message"),
+        [
+            ("cuda", "error: there is no vLLM in this Python"),
+            ("ray", "error: there is no vllm-lowbit in "),
+        ],
+    )
+    def test_on_nothing(self, tmp_path: Path, what: str, message: str) -> None:
         subprocess.run(
             [sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"],
             check=True,
         )
         result = subprocess.run(
-            [INSTALL, "cuda"],
+            [INSTALL, what],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHON": str(tmp_path / "empty" / "bin" / "python")},
         )
         assert result.returncode == 1
-        assert "error: there is no vLLM in this Python" in result.stderr
+        assert message in result.stderr
 
     @pytest.mark.slow
     def test_cpu(self, tmp_path: Path) -> None:
@@ -131,6 +143,11 @@ class TestInstall:
         )
         assert result.returncode == 0, result.stderr
         assert "vllm" in result.stdout and "cpu" in result.stdout
+        code = (
+            "import vllm_lowbit.deploy.front_door as door\n"
+            "assert door.TEMPLATE.exists() and 'site-packages' in door.__file__"
+        )
+        subprocess.run([prefix / "bin" / "python", "-c", code], cwd="/", check=True)
         found = subprocess.run(
             [prefix / "bin" / "vllm", "--version"], capture_output=True, text=True
         )

@@ -11,7 +11,7 @@ from vllm_lowbit.deploy.config_file import read_config
 from vllm_lowbit.deploy.front_door import FrontDoor, read_keys
 from vllm_lowbit.errors import ConfigError
 
-EXAMPLE = Path(__file__).parents[2] / "deploy" / "front_door" / "front-door.yaml"
+EXAMPLE = Path(__file__).parents[3] / "deploy" / "front_door" / "front-door.yaml"
 KEY = "0123456789-ABCDEFGHIJ-abcdef"
 GOOD = "upstreams: [127.0.0.1:8000]\nkeys_file: /etc/keys\n"
 
