@@ -137,8 +137,11 @@ def llm_config(config: ServeConfig) -> dict[str, Any]:
     """Arguments of ``ray.serve.llm.LLMConfig``."""
     replicas, on_gpus = config.replicas, config.resources.gpus == 1
     bundle = {"CPU": config.resources.cpus, **({"GPU": 1} if on_gpus else {})}
-    # Its default thread binding would put all replicas of a machine on the same cores.
-    environment = {} if on_gpus else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    # An engine must not outlive a replica that was killed: another takes its place.
+    environment = {"VLLM_PLUGINS": "lowbit", "LOWBIT_EXIT_WITH_PARENT": "1"}
+    if not on_gpus:
+        # The default would bind all replicas of a machine to the same cores.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     engine = {
         "tensor_parallel_size": config.parallel.tensor,
         "pipeline_parallel_size": config.parallel.pipeline,
@@ -152,9 +155,7 @@ def llm_config(config: ServeConfig) -> dict[str, Any]:
         "model_loading_config": {"model_id": config.name, "model_source": config.model},
         "engine_kwargs": engine,
         "placement_group_config": {"bundles": [bundle] * config.parallel.workers},
-        "runtime_env": {
-            "env_vars": {"VLLM_PLUGINS": "lowbit", **environment, **config.environment}
-        },
+        "runtime_env": {"env_vars": {**environment, **config.environment}},
         "deployment_config": {
             "autoscaling_config": {
                 "min_replicas": replicas.minimum,
@@ -164,6 +165,8 @@ def llm_config(config: ServeConfig) -> dict[str, Any]:
                 "upscale_delay_s": replicas.upscale_delay_seconds,
                 "downscale_delay_s": replicas.downscale_delay_seconds,
             },
+            # The bundle is all that a replica takes; by default Ray adds a core.
+            "ray_actor_options": {"num_cpus": 0},
             "max_ongoing_requests": 1024,
             "health_check_period_s": 5,
             "health_check_timeout_s": 30,

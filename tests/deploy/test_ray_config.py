@@ -3,10 +3,12 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
 
@@ -15,6 +17,7 @@ from vllm_lowbit.deploy.ray_serve import app
 from vllm_lowbit.deploy.ray_serve.config import ServeConfig, llm_config
 from vllm_lowbit.deploy.ray_serve.kuberay import RAY_VERSION, ray_service
 from vllm_lowbit.errors import ConfigError
+from vllm_lowbit.plugin import EXIT_WITH_PARENT
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "ray_serve"
@@ -211,3 +214,31 @@ class TestRayService:
 
 def test_version_is_that_of_the_extra() -> None:
     assert f'"ray[serve]=={RAY_VERSION}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_engine_does_not_outlive_a_killed_replica(tmp_path: Path) -> None:
+    """A process whose parent gets SIGKILL ends by itself; the others go on."""
+    variables = llm_config(ServeConfig(model="m", name="m"))["runtime_env"]["env_vars"]
+    assert variables[EXIT_WITH_PARENT] == "1"
+    child = (
+        "import time, vllm_lowbit.plugin as plugin; "
+        "plugin.exit_with_parent(0.1); plugin.exit_with_parent(0.1); time.sleep(60)"
+    )
+    parent = (
+        "import subprocess, sys, time; "
+        f"print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); "
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    time.sleep(2)
+    assert psutil.pid_exists(pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
