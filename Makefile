@@ -93,7 +93,7 @@ lint: $(DEV)
 LINKS := $(VENV)/typecheck/vllm_lowbit
 typecheck: $(DEV)
 	@rm -rf $(VENV)/typecheck && mkdir -p $(LINKS)
-	@ln -s $(addprefix $(CURDIR)/,$(wildcard vllm_lowbit/* kernels calibrate)) $(LINKS)
+	@ln -s $(addprefix $(CURDIR)/,$(wildcard vllm_lowbit/* kernels calibrate deploy)) $(LINKS)
 	@cd $(VENV)/typecheck && "$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" -p vllm_lowbit
 	@"$(BIN)/mypy" --cache-dir .mypy_cache/scripts deploy/serve.py

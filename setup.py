@@ -20,6 +20,7 @@ FOLDERS = {
     "vllm_lowbit": "vllm_lowbit",
     "vllm_lowbit.kernels": "kernels",
     "vllm_lowbit.calibrate": "calibrate",
+    "vllm_lowbit.deploy": "deploy",
 }
 
 # No contraction, no reassociation: every operation rounds as it does in torch.

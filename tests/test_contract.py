@@ -131,6 +131,9 @@ def _(symbol: Any, real: Any) -> None:
     assert real.config.parallel_config.tensor_parallel_size == 1
     assert real.config.parallel_config.decode_context_parallel_size == 1
     assert real.config.parallel_config.prefill_context_parallel_size == 1
+    assert real.config.parallel_config.data_parallel_index == 0
+    assert real.config.parallel_config.rank == 0
+    assert real.config.parallel_config.world_size == 1
 
 
 @holds("SpeculativeConfig")

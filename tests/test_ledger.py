@@ -50,7 +50,11 @@ VARIABLES = {
         "AttentionBackendEnum": "AttentionBackendEnum",
         "KVCacheLayout": "KVCacheLayout",
     },
-    "config.py": {"vllm_config": "VllmConfig", "vllm_config.load_config": "LoadConfig"},
+    "config.py": {
+        "vllm_config": "VllmConfig",
+        "vllm_config.load_config": "LoadConfig",
+        "parallel": "ParallelConfig",
+    },
     "linear.py": {"layer": "LinearBase"},
     "linear_checkpoint.py": {"layer": "LinearBase"},
     "linear_load_time.py": {"layer": "LinearBase"},

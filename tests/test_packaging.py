@@ -68,7 +68,7 @@ def test_version_is_that_of_the_distribution() -> None:
     assert vllm_lowbit.__version__ == metadata.version("vllm-lowbit")
 
 
-@pytest.mark.parametrize("name", ["kernels", "calibrate"])
+@pytest.mark.parametrize("name", ["kernels", "calibrate", "deploy"])
 def test_top_level_folder_is_a_subpackage(name: str) -> None:
     module = importlib.import_module(f"vllm_lowbit.{name}")
     assert Path(str(module.__file__)).parts[-2:] == (name, "__init__.py")
@@ -95,7 +95,7 @@ def test_import_loads_no_framework() -> None:
 def test_every_source_folder_reaches_the_wheel() -> None:
     """Each folder with modules is a package by itself; a missing __init__.py would
     leave it out of the wheel while an editable install still finds it."""
-    for name in ("vllm_lowbit", "kernels", "calibrate"):
+    for name in ("vllm_lowbit", "kernels", "calibrate", "deploy"):
         for source in (ROOT / name).rglob("*.py"):
             assert (source.parent / "__init__.py").exists(), source
 

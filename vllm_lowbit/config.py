@@ -31,6 +31,7 @@ from .schema import LoadTimeOptions, LowbitConfig, Scheme, scheme_from_name
 from .takeover.checkpoint import check_foreign_checkpoint, parse, read_quantization
 from .takeover.foreign import ForeignFormat
 from .verification import Verification
+from .worker_metrics import identify, make_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -150,6 +151,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
         """Read the model's sizes, place or check the rotations, check the headers."""
         if hf_config is None:
             raise UnsupportedError(f"{model_name}: vLLM passed no model config")
+        make_directory()
         source = f"{model_name}/config.json"
         data = hf_config.to_dict()
         shape = LlamaShape.from_config(data, source)
@@ -224,8 +226,9 @@ class LowbitQuantizationConfig(QuantizationConfig):
             )
             shape = LlamaShape.from_config(model.hf_config.to_dict(), model.model)
             self._check_files(directory, shape)
+        parallel = vllm_config.parallel_config
+        identify(parallel.data_parallel_index, parallel.rank)
         if isinstance(self.stored, LowbitConfig):
-            parallel = vllm_config.parallel_config
             self._verification = Verification(
                 Path(directory), parallel.rank, parallel.world_size
             )

@@ -13,6 +13,7 @@ from .lowbit_checkpoint import PackedWeight
 from .parameters import create_packed, take_packed
 from .schema import LowbitConfig
 from .verification import Verification
+from .worker_metrics import load_time
 
 
 class CheckpointLinearMethod(LowbitLinearMethod):
@@ -62,6 +63,7 @@ class CheckpointLinearMethod(LowbitLinearMethod):
             extra_weight_attrs,
         )
 
+    @load_time
     def process_weights_after_loading(self, layer: Any) -> None:
         """Unpack the loaded weight.
 

@@ -10,6 +10,7 @@ from . import truth
 from .linear import LowbitLinearMethod
 from .load_time import fold_bias, quantize_linear
 from .parameters import check_loaded, create_float
+from .worker_metrics import load_time
 
 
 class LoadTimeLinearMethod(LowbitLinearMethod):
@@ -42,6 +43,7 @@ class LoadTimeLinearMethod(LowbitLinearMethod):
             extra_weight_attrs,
         )
 
+    @load_time
     def process_weights_after_loading(self, layer: Any) -> None:
         """Fold and quantize the loaded weight.
 

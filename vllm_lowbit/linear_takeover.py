@@ -12,6 +12,7 @@ from .linear import LowbitLinearMethod
 from .load_time import QuantizedWeight
 from .schema import LowbitConfig
 from .takeover.foreign import ForeignFormat, Layout
+from .worker_metrics import load_time
 
 _DTYPES = {"I32": torch.int32, "I8": torch.int8}
 
@@ -58,6 +59,7 @@ class TakeoverLinearMethod(LowbitLinearMethod):
             set_weight_attrs(parameter, extra_weight_attrs)
             layer.register_parameter(kind, parameter)
 
+    @load_time
     def process_weights_after_loading(self, layer: Any) -> None:
         """Convert the loaded tensors.
 

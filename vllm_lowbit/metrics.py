@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm_lowbit_*`` on vLLM's own /metrics."""
+"""``vllm_lowbit_*`` on vLLM's own /metrics.
+
+Labelled by ``model_name`` and ``engine`` like vLLM's own. There is no metric of
+saturated activations: a grid spans the extremes of its own token, so none is clipped.
+"""
 
 import functools
 
@@ -12,7 +16,9 @@ from .config import LowbitQuantizationConfig
 from .kernels import dispatch
 from .kernels.kv4_store.layout import bytes_per_token
 from .truth import rotation_summary
+from .worker_metrics import load_seconds
 
+ENGINE = ("model_name", "engine")
 INFO_LABELS = (
     "weights",
     "activations",
@@ -25,39 +31,36 @@ INFO_LABELS = (
 
 
 @functools.cache
-def _info() -> Gauge:
+def _gauge(name: str, documentation: str, labels: tuple[str, ...] = ()) -> Gauge:
+    # With several API servers each exports the same value: any of them will do.
     return Gauge(
-        "vllm_lowbit_info",
-        "What the server runs, as labels; the value is 1.",
-        INFO_LABELS,
-        multiprocess_mode="mostrecent",
-    )
-
-
-@functools.cache
-def _kv_bytes() -> Gauge:
-    return Gauge(
-        "vllm_lowbit_kv_bytes_per_token",
-        "Bytes of KV cache one token takes, over all layers and KV heads.",
+        f"vllm_lowbit_{name}",
+        documentation,
+        (*ENGINE, *labels),
         multiprocess_mode="mostrecent",
     )
 
 
 class LowbitStatLogger(StatLoggerBase):
-    """Exports the scheme of the engine; loaded by vLLM in its front-end process.
+    """Exports the scheme of one engine; vLLM makes one for each in every API server.
 
     The values come from the config the workers were built from, and a worker that
-    would run anything else refuses to start.
+    would run anything else refuses to start. What a worker measured comes through
+    ``worker_metrics``; vLLM builds this object once the workers are ready.
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         config = vllm_config.quant_config
         if not isinstance(config, LowbitQuantizationConfig):
             return
+        model, device = vllm_config.model_config, vllm_config.device_config.device_type
+        engine = {"model_name": model.served_model_name, "engine": str(engine_index)}
         scheme = config.resolved.scheme
-        device = vllm_config.device_config.device_type
         operator = "linear_wna16" if scheme.activations.bits == 16 else "linear_w4a4"
-        _info().labels(
+        _gauge(
+            "info", "What the engine runs, as labels; the value is 1.", INFO_LABELS
+        ).labels(
+            **engine,
             weights=f"int{scheme.weights.bits}",
             activations=_bits(scheme.activations.bits),
             kv=_bits(scheme.kv_cache.bits),
@@ -66,7 +69,22 @@ class LowbitStatLogger(StatLoggerBase):
             backend=dispatch.select(operator, device).backend,
             checkpoint=config.checkpoint_format,
         ).set(1)
-        _kv_bytes().set(kv_bytes_per_token(vllm_config, config))
+        used, bf16 = kv_bytes_per_token(vllm_config, config)
+        _gauge(
+            "kv_bytes_per_token",
+            "Bytes of KV cache one token takes, over all layers and KV heads.",
+        ).labels(**engine).set(used)
+        _gauge(
+            "kv_capacity_ratio",
+            "Tokens of KV cache in the same memory, against a bfloat16 cache.",
+        ).labels(**engine).set(bf16 / used)
+        seconds = _gauge(
+            "load_seconds",
+            "Seconds a worker quantized, converted and packed weights while loading.",
+            ("rank",),
+        )
+        for rank, value in load_seconds(engine_index).items():
+            seconds.labels(**engine, rank=str(rank)).set(value)
 
     def record(self, *args: object, **kwargs: object) -> None:
         """Nothing changes while serving."""
@@ -77,14 +95,19 @@ class LowbitStatLogger(StatLoggerBase):
 
 def kv_bytes_per_token(
     vllm_config: VllmConfig, config: LowbitQuantizationConfig
-) -> int:
-    """Bytes of KV cache per token over all layers and KV heads of all ranks."""
+) -> tuple[int, int]:
+    """Bytes of KV cache per token over all layers and KV heads of all ranks.
+
+    Returns:
+        those in use, and those of a bfloat16 cache.
+    """
     model = vllm_config.model_config
     shape = LlamaShape.from_config(model.hf_config.to_dict(), model.model)
     per_head = bytes_per_token(shape.head_dim)
     if config.resolved.scheme.kv_cache.bits == 16:
         per_head = 2 * shape.head_dim * model.dtype.itemsize
-    return shape.num_layers * shape.num_kv_heads * per_head
+    heads = shape.num_layers * shape.num_kv_heads
+    return heads * per_head, heads * 2 * shape.head_dim * 2
 
 
 def _bits(bits: int) -> str:

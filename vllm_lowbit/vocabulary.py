@@ -29,6 +29,7 @@ from .parameters import (
     take_packed,
 )
 from .schema import LowbitConfig
+from .worker_metrics import load_time
 
 # vLLM gives the embedding of a Llama no name.
 _EMBEDDING = "model.embed_tokens"
@@ -83,6 +84,7 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
         self.backend = _select_backend(config, name)
         self.linear = IMPLEMENTATIONS["linear_tiled", self.backend]
 
+    @load_time
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raise CheckpointError for a non-finite weight."""
         check_finite(layer.weight.data, f"{self.name}.weight")
@@ -186,6 +188,7 @@ class LoadTimeVocabularyMethod(Int8VocabularyMethod):
             layer, rows, input_size_per_partition, params_dtype, extra_weight_attrs
         )
 
+    @load_time
     def process_weights_after_loading(self, layer: Any) -> None:
         """Quantize the loaded matrix.
 
@@ -221,6 +224,7 @@ class CheckpointVocabularyMethod(Int8VocabularyMethod):
         self._prepare(rows, self.hidden_size)
         create_packed(layer, rows, self.hidden_size, VOCABULARY, extra_weight_attrs)
 
+    @load_time
     def process_weights_after_loading(self, layer: Any) -> None:
         """Unpack the loaded matrix.
 

@@ -170,6 +170,8 @@ def test_metrics(server: SimpleNamespace) -> None:
     labels = dict(re.findall(r'(\w+)="([^"]*)"', info[1]))
     assert labels.pop("rotation").startswith("attn_input:online,k:online,v:folded")
     assert labels == {
+        "model_name": NAME,
+        "engine": "0",
         "weights": "int4",
         "activations": "int4",
         "kv": "int4",
@@ -177,9 +179,12 @@ def test_metrics(server: SimpleNamespace) -> None:
         "backend": "cpu",
         "checkpoint": "plain",
     }
-    per_token = re.search(r"^vllm_lowbit_kv_bytes_per_token (\S+)$", text, re.MULTILINE)
-    assert per_token is not None
-    assert float(per_token[1]) == 6 * 2 * bytes_per_token(64)
+    pattern = r"^vllm_lowbit_(\w+)\{(.*)\} (\S+)$"
+    found = {m[1]: m for m in re.finditer(pattern, text, re.MULTILINE)}
+    assert float(found["kv_bytes_per_token"][3]) == 6 * 2 * bytes_per_token(64)
+    assert float(found["kv_capacity_ratio"][3]) == 256 / bytes_per_token(64)
+    assert 'rank="0"' in found["load_seconds"][2]
+    assert 0 < float(found["load_seconds"][3]) < 300
 
 
 def test_completion_streaming_and_logprobs(client: Any) -> None:

@@ -240,6 +240,8 @@ class TestFlag:
 
         LowbitStatLogger(engine_config(originals["w4a4"]))
         labels = {
+            "model_name": str(originals["w4a4"]),
+            "engine": "0",
             "weights": "int4",
             "activations": "int4",
             "kv": "unquantized",
