@@ -14,8 +14,8 @@ from vllm_lowbit.kernels.implementations import IMPLEMENTATIONS, implementation
 from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
 from vllm_lowbit.kernels.packing import PACKABLE_BITS
 
-# What all compiled kernels share, and the operator of two rows on a packed weight.
-WITHOUT_ROW = {"cpu", "linear_packed"}
+# What kernels share, and the operator of two rows on a packed weight.
+WITHOUT_ROW = {"cpu", "gpu", "linear_packed"}
 
 
 def test_every_operator_folder_has_a_row() -> None:
