@@ -17,6 +17,8 @@ SHARED_LIMITS = {
     "gfx950": 163840,
 }
 TARGETS = tuple(SHARED_LIMITS)
+# One of each kind of matrix unit, for the cases that the tests always compile.
+QUICK_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Matrix instructions by chip, as regular expressions over the assembly.
 INTEGER_MATRIX = {
     "sm_80": r"IMMA\.16832\.S8\.S8",

@@ -59,16 +59,23 @@ def stored_bits(bits: int, widen: bool) -> int:
     return 4 if widen else bits
 
 
-def half_block(group_size: int) -> int:
-    """Distance h of the two codes in a byte.
+def half_block(group_size: int, bits: int = 4) -> int:
+    """Columns of a plane: codes at one place of neighbouring bytes.
+
+    Args:
+        group_size: of the weight, any multiple of 128 for one scale a channel.
+        bits: stored width.
 
     Raises:
         ValueError: for groups that the kernels do not multiply.
     """
-    if group_size in (32, 64):
-        return group_size
-    if group_size > 0 and group_size % BLOCK == 0:
-        return 64
+    if bits == 3 and group_size > 128 and group_size % 256:
+        raise ValueError(
+            f"group_size must be 32, 64, 128 or a multiple of 256 for 3 bits, got "
+            f"{group_size}"
+        )
+    if group_size in (32, 64) or (group_size > 0 and group_size % BLOCK == 0):
+        return 32 if bits in (2, 3) else min(64, group_size)
     raise ValueError(f"group_size must be {GROUP_SIZES}, got {group_size}")
 
 
@@ -129,8 +136,9 @@ def pack(
             f"{list(scale.shape)}"
         )
     _check_width(codes, "codes", bits)
-    groups = scale.shape[1]
+    stored, groups = stored_bits(bits, widen), scale.shape[1]
     size = group_size_of(k, groups)
+    half_block(size or BLOCK, stored)
     sums = codes.view(n, groups, k // groups).sum(-1, dtype=torch.int32)
     zero = None
     if zero_point is not None:
@@ -143,7 +151,6 @@ def pack(
         zero = zero_point.to(torch.int32)
         sums -= zero * (k // groups)
         zero = zero.t().contiguous()
-    stored = stored_bits(bits, widen)
     weight = _rows(codes, stored, size)
     return GpuWeight(weight, scale.t().contiguous(), zero, sums.t().contiguous())
 

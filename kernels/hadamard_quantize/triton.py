@@ -7,10 +7,11 @@ take a float32 pass per factor of the transform.
 
 Against the reference, whose transform is exact to 2^-31 of a block: without transform
 and prologue, everything is equal bit for bit. Otherwise a value is off by at most
-``TRANSFORM_ERROR`` of the largest of its row. So scales are within that of the
-reference's, relatively; a zero point or code differs by one, and only where the
-reference's value lies within ``2 * TRANSFORM_ERROR * levels`` of halfway between two. A
-row is taken for constant (see ``grid.py``) when the float32 transform is.
+TRANSFORM_ERROR (e) of the largest of its row. So scales are within 2 e of the
+reference's, relatively, and a zero point or code differs by one, only where the
+reference's, before it is rounded, lies within 3 e times the number of steps of the grid
+of halfway between two. A row is taken for constant (see ``grid.py``) when its float32
+transform is.
 """
 
 from dataclasses import dataclass, replace

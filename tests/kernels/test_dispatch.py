@@ -47,7 +47,20 @@ def test_nothing_else_is_implemented() -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compiled_kernels_come_first(operator: str) -> None:
     backends = [row.backend for row in TABLE if row.operator == operator]
-    assert backends[-1] == "generic" and backends[:-1] in ([], ["cpu"])
+    assert backends[-1] == "generic"
+    assert backends[:-1] in ([], ["cpu"], ["cpu", "triton"])
+
+
+@pytest.mark.parametrize(
+    "operator", ["hadamard", "hadamard_quantize", "linear_w4a4", "linear_wna16"]
+)
+def test_triton_runs_on_gpus_where_it_is_installed(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert select(operator, "cuda").backend == "triton"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refuse = dispatch._triton(lambda case: None)
+    assert refuse({}) == "triton is not installed"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
