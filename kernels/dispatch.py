@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs each operator: the one table, and the choice made from it."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ class Row:
 
     Attributes:
         operator: name of the operator, a folder of this package.
-        backend: ``cpu`` (compiled for the instruction sets of CPUs) or ``generic``
+        backend: ``cpu`` (compiled for the instruction sets of CPUs), ``triton``
+            (compiled for the GPU at hand, see ``gpu/configs.py``) or ``generic``
             (plain torch).
         devices: torch device types it runs on.
         refuse: says why it cannot run a case, or None when it can.
@@ -45,6 +47,13 @@ def _compiled(refuse: Callable[[Case], str | None]) -> Callable[[Case], str | No
     return lambda case: library.missing() or refuse(case)
 
 
+def _triton(refuse: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+    """Also refuse where Triton is missing."""
+    missing = "triton is not installed"
+    found = importlib.util.find_spec("triton") is not None
+    return lambda case: refuse(case) if found else missing
+
+
 def _weight_bits(case: Case) -> str | None:
     bits = case.get("weight_bits", 4)
     if bits in PACKABLE_BITS:
@@ -69,12 +78,16 @@ def _head_dim(case: Case) -> str | None:
 # In order of preference: the first row that does not refuse is taken.
 TABLE: tuple[Row, ...] = (
     Row("hadamard", "cpu", ("cpu",), _compiled(_any)),
+    Row("hadamard", "triton", ("cuda",), _triton(_any)),
     Row("hadamard", "generic", ("cpu",), _any),
     Row("hadamard_quantize", "cpu", ("cpu",), _compiled(_integer_bits)),
+    Row("hadamard_quantize", "triton", ("cuda",), _triton(_integer_bits)),
     Row("hadamard_quantize", "generic", ("cpu",), _integer_bits),
     Row("linear_w4a4", "cpu", ("cpu",), _compiled(_integer_bits)),
+    Row("linear_w4a4", "triton", ("cuda",), _triton(_integer_bits)),
     Row("linear_w4a4", "generic", ("cpu",), _integer_bits),
     Row("linear_wna16", "cpu", ("cpu",), _compiled(_weight_bits)),
+    Row("linear_wna16", "triton", ("cuda",), _triton(_weight_bits)),
     Row("linear_wna16", "generic", ("cpu",), _weight_bits),
     Row("linear_tiled", "cpu", ("cpu",), _compiled(_any)),
     Row("linear_tiled", "generic", ("cpu",), _any),

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The function behind each operator and backend."""
 
+import functools
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from .dispatch import select
@@ -20,16 +22,36 @@ from .linear_wna16.generic import linear_wna16
 from .quantize_weight import cpu as weight_cpu
 from .quantize_weight import reference as weight_generic
 
-# Linears of the two backends take weights of different form: the compiled ones are
-# both linear_packed.
+
+def on_call(path: str) -> Callable[..., Any]:
+    """A function of this package that is imported when it is first called.
+
+    Triton is imported only where its kernels run.
+    """
+    module, _, name = path.rpartition(".")
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return getattr(import_module(f".{module}", __package__), name)
+
+    return lambda *arguments: load()(*arguments)
+
+
+QUANTIZE = "hadamard_quantize.triton"
+# Linears of the backends take weights of different form: the compiled ones are both
+# linear_packed.
 IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("hadamard", "cpu"): cpu_transform,
+    ("hadamard", "triton"): on_call(f"{QUANTIZE}.transform"),
     ("hadamard", "generic"): quantize_generic.transform,
     ("hadamard_quantize", "cpu"): quantize_cpu.hadamard_quantize,
+    ("hadamard_quantize", "triton"): on_call(f"{QUANTIZE}.hadamard_quantize"),
     ("hadamard_quantize", "generic"): quantize_generic.hadamard_quantize,
     ("linear_w4a4", "cpu"): linear_packed,
+    ("linear_w4a4", "triton"): on_call("linear_w4a4.triton.linear_w4a4"),
     ("linear_w4a4", "generic"): linear_w4a4,
     ("linear_wna16", "cpu"): linear_packed,
+    ("linear_wna16", "triton"): on_call("linear_wna16.triton.linear_wna16"),
     ("linear_wna16", "generic"): linear_wna16,
     ("linear_tiled", "cpu"): tiled_cpu.linear_tiled,
     ("linear_tiled", "generic"): tiled_generic.linear_tiled,

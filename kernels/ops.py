@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from .implementations import implementation
+from .hadamard_quantize import reference as quantize_reference
+from .implementations import IMPLEMENTATIONS, QUANTIZE, implementation, on_call
 from .linear_packed.cpu import linear_packed
 from .linear_w4a4.generic import linear_w4a4
 from .linear_wna16.generic import linear_wna16
@@ -19,11 +20,17 @@ LIBRARY = torch.library.Library("lowbit", "DEF")
 
 
 def _register(
-    signature: str, kernel: Callable[..., object], fake: Callable[..., object]
+    signature: str,
+    kernel: Callable[..., object],
+    fake: Callable[..., object],
+    gpu: Callable[..., object] | None = None,
 ) -> None:
+    """Define an op; gpu runs it on CUDA and ROCm devices in place of kernel."""
     name = signature.partition("(")[0]
     LIBRARY.define(signature)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    if gpu is not None:
+        LIBRARY.impl(name, gpu, "CUDA")
     torch.library.register_fake(f"lowbit::{name}", fake, lib=LIBRARY)
 
 
@@ -33,21 +40,44 @@ def _linear_out(
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
+def _codes_out(
+    x: torch.Tensor, n: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty((x.shape[0], n), dtype=torch.int8),
+        x.new_empty((x.shape[0], 1), dtype=torch.float32),
+        x.new_empty((x.shape[0], 1), dtype=torch.int32),
+    )
+
+
 _register(
     "hadamard(Tensor x, Tensor? input_scale, int order, int stride,"
     " bool transpose=False) -> Tensor",
     implementation("hadamard"),
     lambda x, *arguments: x.new_empty(x.shape, dtype=torch.float32),
+    IMPLEMENTATIONS["hadamard", "triton"],
 )
 _register(
     "hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
     " int bits, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero_point)",
     implementation("hadamard_quantize"),
-    lambda x, *arguments: (
-        x.new_empty(x.shape, dtype=torch.int8),
-        x.new_empty((x.shape[0], 1), dtype=torch.float32),
-        x.new_empty((x.shape[0], 1), dtype=torch.int32),
-    ),
+    lambda x, *arguments: _codes_out(x, x.shape[1]),
+    IMPLEMENTATIONS["hadamard_quantize", "triton"],
+)
+_register(
+    "rms_norm_hadamard_quantize(Tensor x, Tensor weight, float epsilon,"
+    " Tensor? input_scale, int order, int stride, int bits, bool symmetric)"
+    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    quantize_reference.rms_norm_hadamard_quantize,
+    lambda x, *arguments: _codes_out(x, x.shape[1]),
+    on_call(f"{QUANTIZE}.rms_norm_hadamard_quantize"),
+)
+_register(
+    "swiglu_hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
+    " int bits, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    quantize_reference.swiglu_hadamard_quantize,
+    lambda x, *arguments: _codes_out(x, x.shape[1] // 2),
+    on_call(f"{QUANTIZE}.swiglu_hadamard_quantize"),
 )
 _register(
     "linear_w4a4(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight,"
@@ -73,6 +103,23 @@ _register(
     " ScalarType out_dtype) -> Tensor",
     linear_packed,
     lambda x, *arguments: x.new_empty((x.shape[0], arguments[-3]), dtype=arguments[-1]),
+)
+# Weights of these two are in the form of gpu/weights.py.
+_register(
+    "gpu_linear_w4a4(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight,"
+    " Tensor weight_scale, Tensor? weight_zero, Tensor weight_sum, Tensor? bias,"
+    " ScalarType out_dtype) -> Tensor",
+    IMPLEMENTATIONS["linear_w4a4", "triton"],
+    lambda codes, scale, zero_point, weight, *rest: _linear_out(
+        codes, weight, rest[-1]
+    ),
+)
+_register(
+    "gpu_linear_wna16(Tensor x, Tensor weight, Tensor weight_scale,"
+    " Tensor? weight_zero, Tensor? bias, int weight_bits, ScalarType out_dtype)"
+    " -> Tensor",
+    IMPLEMENTATIONS["linear_wna16", "triton"],
+    lambda x, weight, *rest: _linear_out(x, weight, rest[-1]),
 )
 _register(
     "kv4_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping,"

@@ -8,6 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from .kernels import ops as _ops  # noqa: F401 (registers torch.ops.lowbit)
+from .kernels.gpu import weights as gpu_weights
 from .kernels.grid import IntGrid
 from .kernels.linear_w4a4.cpu import pack, unpack_rows
 from .kernels.linear_w4a4.generic import prepare
@@ -170,9 +171,76 @@ class CpuLinear:
         return codes.float() * layer.weight_scale[0, index].unsqueeze(-1)
 
 
-KERNELS: dict[str, type[GenericLinear] | type[CpuLinear]] = {
+class TritonLinear:
+    """Packed codes, as the GPU kernels read them."""
+
+    def __init__(self, spec: LinearSpec) -> None:
+        self.spec = spec
+        self.widen = spec.activations is not None
+
+    def keep(
+        self,
+        layer: Any,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+    ) -> None:
+        bits = self.spec.weights.bits
+        _set(
+            layer,
+            gpu_weights.pack(codes, scale, zero_point, bits, widen=self.widen),
+        )
+
+    def multiply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        spec, grid = self.spec, self.spec.activations
+        if grid is None:
+            if spec.order > 1 or input_scale is not None:
+                rotated = torch.ops.lowbit.hadamard(
+                    x, input_scale, spec.order, spec.stride
+                )
+                x = rotated.to(x.dtype)
+            return torch.ops.lowbit.gpu_linear_wna16(
+                x,
+                layer.weight,
+                layer.weight_scale,
+                layer.weight_zero,
+                bias,
+                spec.weights.bits,
+                out_dtype,
+            )
+        codes, scale, zero_point = torch.ops.lowbit.hadamard_quantize(
+            x, input_scale, spec.order, spec.stride, grid.bits, grid.symmetric
+        )
+        return torch.ops.lowbit.gpu_linear_w4a4(
+            codes,
+            scale,
+            None if grid.symmetric else zero_point,
+            layer.weight,
+            layer.weight_scale,
+            layer.weight_zero,
+            layer.weight_sum,
+            bias,
+            out_dtype,
+        )
+
+    def rows(self, layer: Any, index: torch.Tensor) -> torch.Tensor:
+        spec = self.spec
+        bits = gpu_weights.stored_bits(spec.weights.bits, self.widen)
+        codes = gpu_weights.unpack(layer.weight[index], spec.k, bits, 0)
+        return codes.float() * layer.weight_scale[0, index].unsqueeze(-1)
+
+
+KERNELS: dict[str, type[GenericLinear] | type[CpuLinear] | type[TritonLinear]] = {
     "generic": GenericLinear,
     "cpu": CpuLinear,
+    "triton": TritonLinear,
 }
 
 

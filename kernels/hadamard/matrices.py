@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 # Cores are 4 times an odd number; every one up to 252 is here.
 _PALEY_1 = (12, 20, 28, 44, 60, 68, 84, 108, 132, 140, 164, 180, 212, 228, 252)
@@ -177,6 +176,8 @@ def _from_tables(core: int) -> torch.Tensor:
             f"the Hadamard core of order {core} is a table of the compressed-tensors "
             "package, which is not installed (pip install compressed-tensors)"
         )
+    from safetensors import safe_open
+
     table = Path(spec.origin).parent / "transform" / "utils" / "hadamards.safetensors"
     with safe_open(table, framework="pt") as file:
         return file.get_tensor(str(core)).to(torch.int8)

@@ -55,3 +55,48 @@ def hadamard_quantize(
         ValueError: for an unsupported width or order.
     """
     return IntGrid(bits, symmetric).quantize(transform(x, input_scale, order, stride))
+
+
+def rms_norm_hadamard_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    bits: int,
+    symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`hadamard_quantize` of the RMS-normalised x, which stays in float32.
+
+    Args:
+        x: ``[tokens, n]``.
+        weight: float ``[n]``, of the norm (Zhang and Sennrich, Root Mean Square Layer
+            Normalization, 2019).
+        epsilon: added to the mean of squares.
+        input_scale, order, stride, bits, symmetric: as in hadamard_quantize.
+    """
+    values = x.float()
+    factor = torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
+    normed = values * factor * weight.float()
+    return hadamard_quantize(normed, input_scale, order, stride, bits, symmetric)
+
+
+def swiglu_hadamard_quantize(
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    bits: int,
+    symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`hadamard_quantize` of ``silu(gate) * up``, which stays in float32.
+
+    Args:
+        x: ``[tokens, 2 n]``: gate, then up (Shazeer, GLU Variants Improve
+            Transformer, 2020).
+        input_scale, order, stride, bits, symmetric: as in hadamard_quantize.
+    """
+    gate, up = x.float().chunk(2, dim=-1)
+    gated = torch.nn.functional.silu(gate) * up
+    return hadamard_quantize(gated, input_scale, order, stride, bits, symmetric)

@@ -14,8 +14,8 @@ from vllm_lowbit.kernels.implementations import IMPLEMENTATIONS, implementation
 from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
 from vllm_lowbit.kernels.packing import PACKABLE_BITS
 
-# What all compiled kernels share, and the operator of two rows on a packed weight.
-WITHOUT_ROW = {"cpu", "linear_packed"}
+# What kernels share, and the operator of two rows on a packed weight.
+WITHOUT_ROW = {"cpu", "gpu", "linear_packed"}
 
 
 def test_every_operator_folder_has_a_row() -> None:
@@ -47,7 +47,20 @@ def test_nothing_else_is_implemented() -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compiled_kernels_come_first(operator: str) -> None:
     backends = [row.backend for row in TABLE if row.operator == operator]
-    assert backends[-1] == "generic" and backends[:-1] in ([], ["cpu"])
+    assert backends[-1] == "generic"
+    assert backends[:-1] in ([], ["cpu"], ["cpu", "triton"])
+
+
+@pytest.mark.parametrize(
+    "operator", ["hadamard", "hadamard_quantize", "linear_w4a4", "linear_wna16"]
+)
+def test_triton_runs_on_gpus_where_it_is_installed(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert select(operator, "cuda").backend == "triton"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refuse = dispatch._triton(lambda case: None)
+    assert refuse({}) == "triton is not installed"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

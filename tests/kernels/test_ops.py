@@ -17,12 +17,16 @@ Arguments = tuple[Any, ...]
 NAMES = (
     "hadamard",
     "hadamard_quantize",
+    "rms_norm_hadamard_quantize",
+    "swiglu_hadamard_quantize",
     "linear_w4a4",
     "linear_wna16",
     "linear_packed",
     "kv4_store",
     "kv4_attention",
 )
+# Kernels of Triton alone, checked in triton/test_gpu_ops.py.
+ON_GPUS = ("gpu_linear_w4a4", "gpu_linear_wna16")
 
 
 def activations(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -68,6 +72,14 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
             (activations(bf16), None, 1, 1, 8, True),
             (activations(fp16), None, 4, 32, 4, True),
         ],
+        "rms_norm_hadamard_quantize": [
+            (activations(bf16), torch.rand(128), 1e-5, None, 128, 1, 4, False),
+            (activations(), torch.rand(128).to(bf16), 1e-5, input_scale, 1, 1, 8, True),
+        ],
+        "swiglu_hadamard_quantize": [
+            (activations(bf16), None, 64, 1, 4, False),
+            (activations(), input_scale[:64], 4, 16, 8, True),
+        ],
         "linear_w4a4": [
             integer_operands(None, torch.float32),
             integer_operands(torch.randn(24), bf16),
@@ -105,7 +117,7 @@ def operator(name: str) -> Any:
 def test_names_are_all_that_is_registered() -> None:
     registered = torch._C._dispatch_get_all_op_names()
     assert {n for n in registered if n.startswith("lowbit::")} == {
-        f"lowbit::{name}" for name in NAMES
+        f"lowbit::{name}" for name in NAMES + ON_GPUS
     }
     assert ops.LIBRARY.ns == "lowbit"
 
@@ -138,6 +150,32 @@ def test_fake_has_the_form_of_the_result(
             assert real is fake is None
         else:
             assert forms(fake) == forms(real)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hadamard",
+        "hadamard_quantize",
+        "rms_norm_hadamard_quantize",
+        "swiglu_hadamard_quantize",
+    ],
+)
+def test_gpus_have_a_kernel_of_their_own(name: str) -> None:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(f"lowbit::{name}", "CUDA")
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_gpu_linears_refuse_other_devices(name: str) -> None:
+    x = torch.zeros(2, 128, dtype=torch.int8 if "w4a4" in name else torch.bfloat16)
+    weight, scale = torch.zeros(8, 64, dtype=torch.uint8), torch.ones(1, 8)
+    rest: Arguments = (weight, scale, None, None, 4, torch.bfloat16)
+    if "w4a4" in name:
+        sums = torch.zeros(1, 8, dtype=torch.int32)
+        rest = (torch.ones(2, 1), None, weight, scale, None, sums, None, torch.float32)
+    with pytest.raises(ValueError, match=r"must be on a GPU \(cuda\), got cpu"):
+        operator(name)(x, *rest)
 
 
 @pytest.mark.parametrize("name", ["hadamard", "hadamard_quantize"])

@@ -37,6 +37,36 @@ def env() -> None:
             reason = row.reason_against(device, {})
             table.add_row(operator, row.backend, "out: " + reason if reason else "yes")
     console.print(table)
+    _configurations(console, device)
+
+
+def _configurations(console: Console, device: str) -> None:
+    """How the Triton linears are launched on this GPU, or which GPUs are tabled."""
+    from ..kernels.gpu import configs
+
+    if device != "cuda":
+        names = ", ".join(configs.architectures())
+        console.print(f"GPU configurations for {names}; any other GPU: fallback")
+        return
+    import torch
+
+    from ..kernels.gpu.target import architecture
+
+    arch = architecture(torch.device(device))
+    source = arch if arch in configs.architectures() else "fallback"
+    table = Table(
+        *("operator", "scales", "tokens", "tile", "warps", "stages", "swap", "split K"),
+        title=f"GPU configurations for {arch} ({source})",
+    )
+    for operator, schemes in configs.table(arch).items():
+        for scheme, rows in schemes.items():
+            for row in rows:
+                c = row.config
+                tokens = "any" if row.max_m is None else f"up to {row.max_m}"
+                tile = f"{c.block_m} x {c.block_n}"
+                cells = tokens, tile, c.warps, c.stages, c.swap, c.split_k
+                table.add_row(operator, scheme, *map(str, cells))
+    console.print(table)
 
 
 def _version(distribution: str) -> str:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of hadamard_quantize: the tiles of the widths of well-known models."""
+
+from collections.abc import Iterator
+
+import torch
+import triton.language as tl
+
+from vllm_lowbit.kernels.hadamard.triton import factor_kernel, tile_of
+from vllm_lowbit.kernels.hadamard_quantize.triton import tile_warps
+from vllm_lowbit.kernels.hadamard_quantize.triton_kernel import row_kernel, tile_kernel
+
+from .case import FLOAT_MATRIX, QUICK_TARGETS, TARGETS, Case
+
+# (n, order, stride): hidden and intermediate sizes of Llama 3 8B and 70B and Qwen3 8B,
+# blocks of 128, and 32 heads of 128.
+ROWS = (
+    (4096, 4096, 1),
+    (8192, 8192, 1),
+    (12288, 12288, 1),
+    (14336, 14336, 1),
+    (28672, 128, 1),
+    (4096, 32, 128),
+)
+QUICK = (4096, 4096, 1)
+CEILING = 9000
+POINTERS = {
+    "x_ptr": "*bf16",
+    "weight_ptr": "*bf16",
+    "input_scale_ptr": "*fp32",
+    "out_ptr": "*i8",
+    "scale_ptr": "*fp32",
+    "zero_ptr": "*i32",
+}
+TYPES = {
+    **POINTERS,
+    "left_ptr": "*bf16",
+    "right_ptr": "*bf16",
+    "x_stride": "i32",
+    **dict.fromkeys(("epsilon", "before", "after"), "fp32"),
+}
+GRID = {"CODE_MIN": -7, "CODE_MAX": 7, "SYMMETRIC": True, "QUANTIZE": True}
+
+
+def cases() -> Iterator[Case]:
+    """Every row on every target, rows without a transform, and a lone factor."""
+    for target in TARGETS:
+        for row in ROWS:
+            for prologue in (0, 1, 2) if row == QUICK else (0,):
+                yield _tile_case(target, row, prologue)
+        yield Case(
+            operator="hadamard_quantize",
+            name="no transform",
+            kernel=row_kernel,
+            target=target,
+            types={**POINTERS, "x_stride": "i32", "epsilon": "fp32", "N": "i32"},
+            constants={"PROLOGUE": 0, "SCALED": False, "BLOCK": 2048, **GRID},
+            aligned=("x_stride", "N"),
+            options={"num_warps": 8, "enable_fp_fusion": False},
+        )
+        yield Case(
+            operator="hadamard",
+            name="factor 224 x 128",
+            kernel=factor_kernel,
+            target=target,
+            types={
+                **dict.fromkeys(("x_ptr", "y_ptr"), "*fp32"),
+                "table_ptr": "*bf16",
+                "columns": "i32",
+                **dict.fromkeys(("before", "after"), "fp32"),
+            },
+            constants={
+                "ORDER": 224,
+                "STRIDE": 128,
+                "SIZE": 256,
+                "BLOCK": 64,
+                "DOT": tl.bfloat16,
+            },
+            aligned=("columns",),
+            options={"num_warps": 4, "num_stages": 2},
+            matrix=FLOAT_MATRIX[target],
+        )
+
+
+def _tile_case(target: str, row: tuple[int, int, int], prologue: int) -> Case:
+    n, order, stride = row
+    tile = tile_of(n, order, stride, False, torch.device("cpu"))
+    if tile is None:
+        raise ValueError(f"a row of {n} with order {order} has no tile")
+    form = ("", " after RMSNorm", " after SwiGLU")[prologue]
+    return Case(
+        operator="hadamard_quantize",
+        name=f"n {n} order {order} stride {stride}{form}",
+        kernel=tile_kernel,
+        target=target,
+        types=TYPES,
+        constants={
+            "N": n,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "PADDED_ROWS": tile.padded[0],
+            "PADDED_COLUMNS": tile.padded[1],
+            "LEFT": tile.left is not None,
+            "RIGHT": tile.right is not None,
+            "PARTS": 1 if prologue == 0 else 3,
+            "PROLOGUE": prologue,
+            "SCALED": False,
+            "DOT": tl.bfloat16,
+            **GRID,
+        },
+        aligned=("x_stride",),
+        options={"num_warps": tile_warps(tile), "enable_fp_fusion": False},
+        matrix=FLOAT_MATRIX[target],
+        ceiling=CEILING,
+        quick=row == QUICK and prologue == 0 and target in QUICK_TARGETS,
+    )

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Online transform and quantization of activations on a GPU, one kernel for most rows.
+
+Rows that fit a tile (see ``hadamard/triton.py``; 16384 elements with a transform across
+all of them, 32768 with blocks up to 128) are read once and written as codes. Others
+take a float32 pass per factor of the transform.
+
+Against the reference, whose transform is exact to 2^-31 of a block: without transform
+and prologue, everything is equal bit for bit. Otherwise a value is off by at most
+TRANSFORM_ERROR (e) of the largest of its row. So scales are within 2 e of the
+reference's, relatively, and a zero point or code differs by one, only where the
+reference's, before it is rounded, lies within 3 e times the number of steps of the grid
+of halfway between two. A row is taken for constant (see ``grid.py``) when its float32
+transform is.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..gpu.checks import FLOATS, check_optional, check_tensor
+from ..grid import IntGrid
+from ..hadamard.reference import check_blocks
+from ..hadamard.triton import (
+    DOT,
+    Tile,
+    hadamard,
+    scaling,
+    tile_of,
+)
+from .triton_kernel import row_kernel, tile_kernel
+
+TRANSFORM_ERROR = 2.0**-13
+PLAIN, RMS_NORM, SWIGLU = 0, 1, 2
+_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_ROW_BLOCK = 2048
+
+_Operands = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+_Result = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def hadamard_quantize(
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    bits: int,
+    symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference, within the bounds above.
+
+    Raises:
+        ValueError: as the reference, or for arguments of another form.
+    """
+    call = _Call(order, stride, False, IntGrid(bits, symmetric))
+    return _quantized(call.run(x, input_scale))
+
+
+def rms_norm_hadamard_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    bits: int,
+    symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference of this name, within the bounds above.
+
+    Raises:
+        ValueError: as the reference, or for arguments of another form.
+    """
+    call = _Call(order, stride, False, IntGrid(bits, symmetric), RMS_NORM)
+    return _quantized(call.run(x, input_scale, weight, epsilon))
+
+
+def swiglu_hadamard_quantize(
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    bits: int,
+    symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference of this name, within the bounds above.
+
+    Raises:
+        ValueError: as the reference, or for arguments of another form.
+    """
+    call = _Call(order, stride, False, IntGrid(bits, symmetric), SWIGLU)
+    return _quantized(call.run(x, input_scale))
+
+
+def transform(
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    transpose: bool = False,
+) -> torch.Tensor:
+    """``H (input_scale * x)`` in float32; x is ``[..., n]``.
+
+    Raises:
+        ValueError: for blocks that do not divide n, or arguments of another form.
+    """
+    if x.dim() == 0:
+        raise ValueError("x must have a dimension")
+    rows = x.reshape(-1, x.shape[-1])
+    out, _, _ = _Call(order, stride, transpose, None).run(rows, input_scale)
+    return out.view(x.shape)
+
+
+def _quantized(
+    result: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes, scale, zero_point = result
+    assert scale is not None and zero_point is not None
+    return codes, scale, zero_point
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is done to each row; values are written when there is no grid."""
+
+    order: int
+    stride: int
+    transpose: bool
+    grid: IntGrid | None
+    prologue: int = PLAIN
+
+    def run(
+        self,
+        x: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+        epsilon: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Codes (or values), scale and zero point of the rows of x."""
+        if x.dim() == 2 and x.stride(1) != 1:
+            x = x.contiguous()
+        # Rows may lie apart, as slices of a wider matrix do.
+        check_tensor(x[:1], "x", FLOATS, (None, None))
+        m, width = x.shape
+        n = width
+        if self.prologue == SWIGLU:
+            if width % 2:
+                raise ValueError(f"x must have an even number of columns, got {width}")
+            n = width // 2
+        check_blocks(n, self.order, self.stride)
+        device = x.device
+        check_optional(input_scale, "input_scale", (torch.float32,), (n,), device)
+        check_optional(weight, "weight", FLOATS, (n,), device)
+        out_dtype = torch.float32 if self.grid is None else torch.int8
+        out = torch.empty((m, n), dtype=out_dtype, device=device)
+        scale = zero_point = None
+        if self.grid is not None:
+            scale = torch.empty((m, 1), dtype=torch.float32, device=device)
+            zero_point = torch.empty((m, 1), dtype=torch.int32, device=device)
+        result = out, scale, zero_point
+        if m == 0:
+            return result
+        operands = (x, weight, input_scale)
+        if self.order == 1:
+            self._rows(operands, epsilon, result)
+            return result
+        tile = tile_of(n, self.order, self.stride, self.transpose, device)
+        if tile is not None:
+            self._tile(tile, operands, epsilon, result)
+            return result
+        values = torch.empty((m, n), dtype=torch.float32, device=device)
+        replace(self, grid=None)._rows(operands, epsilon, (values, None, None))
+        values = hadamard(values, self.order, self.stride, transpose=self.transpose)
+        if self.grid is None:
+            return values, None, None
+        plain = replace(self, prologue=PLAIN)
+        plain._rows((values, None, None), 0.0, result)
+        return result
+
+    def _constants(self, input_scale: torch.Tensor | None) -> dict[str, Any]:
+        grid = self.grid
+        return {
+            "PROLOGUE": self.prologue,
+            "SCALED": input_scale is not None,
+            "QUANTIZE": grid is not None,
+            "CODE_MIN": 0 if grid is None else grid.code_min,
+            "CODE_MAX": 0 if grid is None else grid.code_max,
+            "SYMMETRIC": grid is None or grid.symmetric,
+            # Every step of the grid is rounded by itself.
+            "enable_fp_fusion": False,
+        }
+
+    def _rows(self, operands: _Operands, epsilon: float, result: _Result) -> None:
+        x, weight, input_scale = operands
+        out, scale, zero_point = result
+        m, n = out.shape
+        row_kernel[(m,)](
+            x,
+            x if weight is None else weight,
+            x if input_scale is None else input_scale,
+            out,
+            out if scale is None else scale,
+            out if zero_point is None else zero_point,
+            x.stride(0),
+            epsilon,
+            n,
+            BLOCK=_ROW_BLOCK,
+            num_warps=8,
+            **self._constants(input_scale),
+        )
+
+    def _tile(
+        self, tile: Tile, operands: _Operands, epsilon: float, result: _Result
+    ) -> None:
+        x, weight, input_scale = operands
+        out, scale, zero_point = result
+        m, n = out.shape
+        exact = self.prologue == PLAIN and input_scale is None
+        before, after = scaling(self.order)
+        tile_kernel[(m,)](
+            x,
+            x if weight is None else weight,
+            x if input_scale is None else input_scale,
+            out if tile.left is None else tile.left,
+            out if tile.right is None else tile.right,
+            out,
+            out if scale is None else scale,
+            out if zero_point is None else zero_point,
+            x.stride(0),
+            epsilon,
+            before,
+            after,
+            N=n,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            PADDED_ROWS=tile.padded[0],
+            PADDED_COLUMNS=tile.padded[1],
+            LEFT=tile.left is not None,
+            RIGHT=tile.right is not None,
+            PARTS=_PARTS[x.dtype] if exact else 3,
+            DOT=DOT,
+            num_warps=tile_warps(tile),
+            **self._constants(input_scale),
+        )
+
+
+def tile_warps(tile: Tile) -> int:
+    """Warps for a tile: about 64 elements a thread at most."""
+    size = tile.padded[0] * tile.padded[1]
+    return min(16, max(4, size // 2048))

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel of ``linear_w4a4/triton.py``.
+
+A nibble is unpacked to 16 times its code, which needs no sign extension: accumulators
+are 16 times theirs until the end (of a group), exactly.
+"""
+
+import triton
+import triton.language as tl
+
+from ..gpu.split import epilogue
+
+
+@triton.jit
+def _sixteenfold(pairs, PTX: tl.constexpr):
+    """16 times the low and the high nibble of int8 pairs, as signed numbers."""
+    if PTX:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 t;
+            shl.b32 t, $2, 4;
+            and.b32 $0, t, 0xF0F0F0F0;
+            and.b32 $1, $2, 0xF0F0F0F0; }""",
+            "=&r,=r,r",
+            [pairs],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = pairs << 4
+        high = pairs & -16
+    return low, high
+
+
+@triton.jit
+def _product(a, w, acc, SWAP: tl.constexpr):
+    """``acc + a w^T``, or its transpose ``acc + w a^T`` when SWAP."""
+    if SWAP:
+        acc = tl.dot(w, a.T, acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot(a, w.T, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
+def _load_codes(a_ptr, start, K, COLUMNS: tl.constexpr, EVEN_K: tl.constexpr):
+    """Columns of the activations; zeros beyond K."""
+    columns = start + tl.arange(0, COLUMNS)
+    if EVEN_K:
+        return tl.load(a_ptr + columns[None, :])
+    return tl.load(a_ptr + columns[None, :], mask=columns[None, :] < K, other=0)
+
+
+@triton.jit
+def _by_channel(values, SWAP: tl.constexpr):
+    return values[:, None] if SWAP else values[None, :]
+
+
+@triton.jit
+def _by_token(values, SWAP: tl.constexpr):
+    return values[None, :] if SWAP else values[:, None]
+
+
+@triton.jit
+def _add_group(
+    total,
+    acc,
+    row_sum,
+    group,
+    groups,
+    columns,
+    N,
+    zero,
+    scale_ptr,
+    weight_zero_ptr,
+    sum_ptr,
+    UNIT: tl.constexpr,
+    ZERO: tl.constexpr,
+    WEIGHT_ZERO: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """Correct the sums of a group by the zero points, scale and add them.
+
+    acc is UNIT times the sums of codes; the product with the scale over UNIT, a power
+    of two, rounds as that of the plain sums with the scale would.
+    """
+    at = group * N + columns
+    # The last block may reach past the last group.
+    exists = at < groups * N
+    if WEIGHT_ZERO:
+        shift = tl.load(weight_zero_ptr + at, mask=exists, other=0) * UNIT
+        acc -= _by_channel(shift, SWAP) * _by_token(row_sum, SWAP)
+    if ZERO:
+        sums = tl.load(sum_ptr + at, mask=exists, other=0) * UNIT
+        acc -= _by_channel(sums, SWAP) * _by_token(zero, SWAP)
+    scale = tl.load(scale_ptr + at, mask=exists, other=0.0) * (1.0 / UNIT)
+    return total + acc.to(tl.float32) * _by_channel(scale, SWAP)
+
+
+@triton.jit
+def linear_kernel(
+    a_ptr,
+    w_ptr,
+    out_ptr,
+    token_ptr,
+    zero_ptr,
+    scale_ptr,
+    weight_zero_ptr,
+    sum_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    row_bytes,
+    steps,
+    groups,
+    GROUP: tl.constexpr,
+    NIBBLES: tl.constexpr,
+    ZERO: tl.constexpr,
+    WEIGHT_ZERO: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SWAP: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """A tile of ``out [M, N]``, or of one part of split-K in ``out [PARTS, M, N]``.
+
+    A step is one block of codes: 128 columns, or of groups below that two groups
+    (nibbles) or one (bytes). GROUP is 0 for one scale a channel.
+    """
+    UNIT: tl.constexpr = 16 if NIBBLES else 1
+    PLANES: tl.constexpr = 2 if NIBBLES else 1
+    NARROW: tl.constexpr = GROUP == 32 or GROUP == 64
+    STEP: tl.constexpr = GROUP * PLANES if NARROW else 128
+    STEP_BYTES: tl.constexpr = STEP // PLANES
+    # Tiles that share weights run close together.
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    band = 8 * tl.cdiv(N, BLOCK_N)
+    first = tl.program_id(0) // band * 8
+    height = tl.minimum(tiles_m - first, 8)
+    tile_m = first + tl.program_id(0) % band % height
+    tile_n = tl.program_id(0) % band // height
+    part = tl.program_id(1)
+
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows and columns past the end read the first one and are not stored.
+    row = tl.where(rows < M, rows, 0)
+    column = tl.where(columns < N, columns, 0)
+    a_row = a_ptr + row[:, None].to(tl.int64) * K
+    w_row = w_ptr + column[:, None].to(tl.int64) * row_bytes
+    w_row += tl.arange(0, STEP_BYTES)[None, :]
+
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.int32)
+    zero = tl.zeros((BLOCK_M,), tl.int32)
+    if ZERO:
+        zero = tl.load(zero_ptr + row)
+
+    PER_GROUP: tl.constexpr = 1 if GROUP == 0 or NARROW else GROUP // 128
+    turns = steps // PER_GROUP
+    share = tl.cdiv(turns, PARTS)
+    for turn in range(part * share, tl.minimum((part + 1) * share, turns)):
+        if NARROW:
+            pairs = tl.load(w_row + turn * STEP_BYTES)
+            if NIBBLES:
+                low, high = _sixteenfold(pairs, PTX)
+            else:
+                low, high = pairs, pairs
+            for plane in tl.static_range(PLANES):
+                a = _load_codes(a_row, turn * STEP + plane * GROUP, K, GROUP, EVEN_K)
+                if plane == 0:
+                    sums = _product(a, low, tl.zeros_like(acc), SWAP)
+                else:
+                    sums = _product(a, high, tl.zeros_like(acc), SWAP)
+                if WEIGHT_ZERO:
+                    row_sum = tl.sum(a.to(tl.int32), axis=1)
+                total = _add_group(
+                    total,
+                    sums,
+                    row_sum,
+                    turn * PLANES + plane,
+                    groups,
+                    column,
+                    N,
+                    zero,
+                    scale_ptr,
+                    weight_zero_ptr,
+                    sum_ptr,
+                    UNIT,
+                    ZERO,
+                    WEIGHT_ZERO,
+                    SWAP,
+                )
+        else:
+            if GROUP != 0:
+                acc = tl.zeros_like(acc)
+                row_sum = tl.zeros((BLOCK_M,), tl.int32)
+            for block in tl.static_range(PER_GROUP):
+                step = turn * PER_GROUP + block
+                w = tl.load(w_row + step * STEP_BYTES)
+                if NIBBLES:
+                    low, high = _sixteenfold(w, PTX)
+                    w = tl.permute(tl.join(low, high), (0, 2, 1))
+                    w = tl.reshape(w, (BLOCK_N, 128))
+                a = _load_codes(a_row, step * 128, K, 128, EVEN_K)
+                acc = _product(a, w, acc, SWAP)
+                if WEIGHT_ZERO:
+                    row_sum += tl.sum(a.to(tl.int32), axis=1)
+            if GROUP != 0:
+                total = _add_group(
+                    total,
+                    acc,
+                    row_sum,
+                    turn,
+                    groups,
+                    column,
+                    N,
+                    zero,
+                    scale_ptr,
+                    weight_zero_ptr,
+                    sum_ptr,
+                    UNIT,
+                    ZERO,
+                    WEIGHT_ZERO,
+                    SWAP,
+                )
+
+    if GROUP == 0:
+        if NIBBLES:
+            acc = acc >> 4
+        if WEIGHT_ZERO:
+            shift = tl.load(weight_zero_ptr + column)
+            acc -= _by_channel(shift, SWAP) * _by_token(row_sum, SWAP)
+        if ZERO and PARTS == 1:
+            sums = tl.load(sum_ptr + column)
+            acc -= _by_channel(sums, SWAP) * _by_token(zero, SWAP)
+    result = acc if GROUP == 0 else total
+    if SWAP:
+        result = result.T
+    if PARTS == 1:
+        result = result.to(tl.float32)
+        if GROUP == 0:
+            result = result * tl.load(scale_ptr + column)[None, :]
+        result = epilogue(result, token_ptr, bias_ptr, row, column, True, BIAS)
+    at = (tl.cast(part, tl.int64) * M + rows[:, None].to(tl.int64)) * N
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    value = result.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at + columns[None, :], value, mask=inside)

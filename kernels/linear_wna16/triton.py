@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight-only linear on a GPU: packed weights, 16-bit products, float32 sums.
+
+Codes minus zero are exact in 16 bits, so the only roundings are those of the float32
+sums and scales; the order of the sums, not the result, depends on the configuration.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..gpu.checks import FLOATS, check_optional, check_out_dtype, check_tensor
+from ..gpu.configs import LinearConfig, choose, parts
+from ..gpu.split import reduce_parts
+from ..gpu.target import INTERPRETED, architecture, processors
+from ..gpu.weights import (
+    BLOCK,
+    group_size_of,
+    half_block,
+    padded,
+    row_bytes,
+    stored_bits,
+)
+from .triton_kernel import linear_kernel
+
+REDUCE_BLOCK = 512
+HALVES = (torch.bfloat16, torch.float16)
+# The interpreter multiplies the bit patterns of bfloat16.
+DOT = {
+    torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def linear_wna16(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    weight_bits: int,
+    out_dtype: torch.dtype,
+    config: LinearConfig | None = None,
+) -> torch.Tensor:
+    """Float x times a weight of ``gpu.weights.pack(..., widen=False)``.
+
+    Args:
+        x: bfloat16 or float16 ``[tokens, k]``.
+        weight, weight_scale, weight_zero: of a GpuWeight.
+        bias: float ``[n]`` or None.
+        weight_bits: 2, 3, 4, 6 or 8, of the codes.
+        out_dtype: bfloat16, float16 or float32, of the result ``[tokens, n]``.
+        config: launch configuration; that of the chip's table when None.
+
+    Raises:
+        ValueError: for arguments of another form.
+    """
+    check_tensor(x, "x", HALVES, (None, None))
+    device = x.device
+    m, k = x.shape
+    bits = stored_bits(weight_bits, False)
+    held = torch.int8 if bits == 8 else torch.uint8
+    check_tensor(weight, "weight", (held,), (None, row_bytes(k, bits)), device)
+    n = weight.shape[0]
+    check_tensor(weight_scale, "weight_scale", (torch.float32,), (None, n), device)
+    groups = weight_scale.shape[0]
+    size = group_size_of(k, groups)
+    half_block(size or BLOCK, bits)
+    check_optional(weight_zero, "weight_zero", (torch.int32,), (groups, n), device)
+    check_optional(bias, "bias", FLOATS, (n,), device)
+    check_out_dtype(out_dtype)
+    out = torch.empty((m, n), dtype=out_dtype, device=device)
+    if m and n:
+        weights = (weight, weight_scale, weight_zero)
+        _launch(x, weights, bias, bits, size, out, config)
+    return out
+
+
+def _launch(
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out: torch.Tensor,
+    config: LinearConfig | None,
+) -> None:
+    weight, scale, zero = weights
+    (m, k), n = x.shape, out.shape[1]
+    if config is None:
+        scheme = "channel" if group_size == 0 else "group"
+        config = choose(architecture(x.device), "linear_wna16", scheme, m)
+    half = half_block(group_size or BLOCK, bits)
+    block = half * (8 if bits == 3 else 8 // bits)
+    turns = padded(k, bits) // max(block, group_size)
+    split = parts(config, m, n, turns, processors(x.device))
+    target = out
+    if split > 1:
+        target = torch.empty((split, m, n), dtype=torch.float32, device=out.device)
+    # An argument that is not read is still a pointer.
+    bias_pointer = scale if bias is None else bias
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    linear_kernel[(tiles, split)](
+        x,
+        weight,
+        target,
+        scale,
+        scale if zero is None else zero,
+        bias_pointer,
+        m,
+        n,
+        k,
+        weight.shape[1],
+        turns,
+        len(scale),
+        GROUP=group_size,
+        BITS=bits,
+        HALF=half,
+        ZERO=zero is not None,
+        BIAS=bias is not None,
+        EVEN_K=k == padded(k, bits),
+        PARTS=split,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        SWAP=config.swap,
+        DOT=DOT[x.dtype],
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if split > 1:
+        reduce_parts[(m, triton.cdiv(n, REDUCE_BLOCK))](
+            target,
+            out,
+            scale,
+            scale,
+            scale,
+            scale,
+            bias_pointer,
+            m,
+            n,
+            PARTS=split,
+            INTEGER=False,
+            CHANNEL=group_size == 0,
+            TOKEN=False,
+            ZERO=False,
+            BIAS=bias is not None,
+            BLOCK=REDUCE_BLOCK,
+        )

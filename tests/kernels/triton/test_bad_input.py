@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong arguments are refused by name before anything is launched."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_lowbit.kernels.gpu.weights import pack
+from vllm_lowbit.kernels.hadamard_quantize import triton as quantize
+from vllm_lowbit.kernels.linear_w4a4.triton import MAX_K, linear_w4a4
+from vllm_lowbit.kernels.linear_wna16.triton import linear_wna16
+
+M, N, K = 3, 8, 128
+
+
+def packed(bits: int, widen: bool, groups: int = 1) -> Any:
+    codes = torch.zeros(N, K, dtype=torch.int8)
+    return pack(codes, torch.ones(N, groups), None, bits, widen=widen)
+
+
+def integer_arguments() -> dict[str, Any]:
+    weight = packed(4, True)
+    return {
+        "codes": torch.zeros(M, K, dtype=torch.int8),
+        "scale": torch.ones(M, 1),
+        "zero_point": None,
+        "weight": weight.weight,
+        "weight_scale": weight.scale,
+        "weight_zero": None,
+        "weight_sum": weight.sum,
+        "bias": None,
+        "out_dtype": torch.float32,
+    }
+
+
+def float_arguments() -> dict[str, Any]:
+    weight = packed(4, False)
+    return {
+        "x": torch.zeros(M, K, dtype=torch.bfloat16),
+        "weight": weight.weight,
+        "weight_scale": weight.scale,
+        "weight_zero": None,
+        "bias": None,
+        "weight_bits": 4,
+        "out_dtype": torch.float32,
+    }
+
+
+def quantize_arguments() -> dict[str, Any]:
+    return {
+        "x": torch.zeros(M, K),
+        "input_scale": None,
+        "order": K,
+        "stride": 1,
+        "bits": 4,
+        "symmetric": True,
+    }
+
+
+def refused(
+    function: Callable[..., Any], arguments: dict[str, Any], **wrong: Any
+) -> str:
+    with pytest.raises(ValueError) as error:
+        function(**{**arguments, **wrong})
+    return str(error.value)
+
+
+META = torch.empty(M, K, dtype=torch.int8, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("codes", torch.zeros(M, K), r"torch.int8 \[any, any\], got torch.float32"),
+        ("codes", torch.zeros(K, dtype=torch.int8), r"got torch.int8 \[128\]"),
+        ("codes", META, r"must be on a GPU \(cuda\), got meta"),
+        ("codes", torch.zeros(K, M, dtype=torch.int8).t(), "must be contiguous"),
+        ("codes", torch.zeros(M, 300, dtype=torch.int8), r"\[8, 192\], got"),
+        ("scale", torch.ones(M), r"\[3, 1\], got torch.float32 \[3\]"),
+        ("zero_point", torch.zeros(M, 1), "torch.int32"),
+        ("weight", torch.zeros(N, 64), "torch.uint8 or torch.int8"),
+        ("weight", torch.zeros(N, 60, dtype=torch.uint8), r"\[8, 64\], got"),
+        ("weight_scale", torch.ones(N, 1), "8 groups|must be"),
+        ("weight_scale", torch.ones(3, N), "3 groups, which do not divide K 128"),
+        ("weight_scale", torch.ones(2, N), r"weight_sum must be .* \[2, 8\]"),
+        ("weight_scale", torch.ones(8, N), "group_size must be 32, 64 or a multiple"),
+        ("weight_zero", torch.zeros(1, N), "torch.int32"),
+        ("weight_sum", torch.zeros(1, N), "torch.int32"),
+        ("bias", torch.zeros(N + 1), r"\[8\], got torch.float32 \[9\]"),
+        ("bias", torch.zeros(N, dtype=torch.float64), "torch.bfloat16 or"),
+        ("out_dtype", torch.float64, "bfloat16, float16 or float32, got"),
+    ],
+)
+def test_integer_linear(name: str, value: Any, message: str) -> None:
+    text = refused(linear_w4a4, integer_arguments(), **{name: value})
+    assert re.search(message, text), text
+
+
+def test_sums_that_might_not_fit() -> None:
+    k = MAX_K
+    text = refused(
+        linear_w4a4,
+        integer_arguments(),
+        codes=torch.zeros(1, k, dtype=torch.int8),
+        scale=torch.ones(1, 1),
+        weight=torch.zeros(N, k // 2, dtype=torch.uint8),
+    )
+    assert f"K below {MAX_K}, got {k}" in text
+    k = 70016
+    text = refused(
+        linear_w4a4,
+        integer_arguments(),
+        codes=torch.zeros(1, k, dtype=torch.int8),
+        scale=torch.ones(1, 1),
+        zero_point=torch.zeros(1, 1, dtype=torch.int32),
+        weight=torch.zeros(N, k, dtype=torch.int8),
+    )
+    assert "do not fit int32" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.zeros(M, K), "torch.bfloat16 or torch.float16"),
+        ("weight_bits", 5, r"one of \(2, 3, 4, 6, 8\), got 5"),
+        ("weight_bits", 8, "weight must be torch.int8"),
+        ("weight_bits", 3, r"\[any, 96\], got torch.uint8 \[8, 64\]"),
+        ("weight_scale", torch.ones(1, N + 1), r"weight_scale must be"),
+        ("weight_zero", torch.zeros(1, N), "weight_zero must be torch.int32"),
+        ("bias", torch.zeros(1, N), r"bias must be .*\[8\]"),
+        ("out_dtype", torch.int32, "out_dtype must be"),
+    ],
+)
+def test_float_linear(name: str, value: Any, message: str) -> None:
+    text = refused(linear_wna16, float_arguments(), **{name: value})
+    assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.zeros(M, K).double(), "x must be torch.bfloat16 or"),
+        ("x", torch.zeros(K), "x must be"),
+        ("x", torch.zeros(M, K, device="meta"), r"x must be on a GPU \(cuda\)"),
+        ("input_scale", torch.ones(K + 1), r"input_scale must be .*\[128\]"),
+        ("input_scale", torch.ones(K).bfloat16(), "input_scale must be torch.float32"),
+        ("order", 64 + 1, "blocks of order 65 x stride 1 do not divide"),
+        ("order", 0, "blocks of order 0"),
+        ("stride", 3, "blocks of order 128 x stride 3 do not divide"),
+        ("bits", 9, "bits must be 2 to 8, got 9"),
+    ],
+)
+def test_quantization(name: str, value: Any, message: str) -> None:
+    text = refused(quantize.hadamard_quantize, quantize_arguments(), **{name: value})
+    assert re.search(message, text), text
+
+
+def test_prologues() -> None:
+    arguments = {**quantize_arguments(), "weight": torch.ones(K - 1), "epsilon": 1e-5}
+    text = refused(quantize.rms_norm_hadamard_quantize, arguments)
+    assert "weight must be" in text and "[128], got torch.float32 [127]" in text
+    text = refused(
+        quantize.swiglu_hadamard_quantize, quantize_arguments(), x=torch.zeros(M, 7)
+    )
+    assert "x must have an even number of columns, got 7" in text
+
+
+def test_scalar_transform() -> None:
+    with pytest.raises(ValueError, match="x must have a dimension"):
+        quantize.transform(torch.tensor(1.0), None, 1, 1)

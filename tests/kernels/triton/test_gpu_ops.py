@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registered operators of the GPU: schema, fakes and torch.compile."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vllm_lowbit.kernels import ops  # noqa: F401 (registers torch.ops.lowbit)
+from vllm_lowbit.kernels.gpu.weights import pack
+
+NAMES = ("gpu_linear_w4a4", "gpu_linear_wna16")
+
+
+def samples(name: str) -> list[tuple[Any, ...]]:
+    weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
+    zeros, bias = torch.randint(-8, 8, (24, 2)), torch.randn(24)
+    channel = pack(weight, torch.rand(24, 1), None, 4, widen=True)
+    grouped = pack(weight, torch.rand(24, 2), zeros, 4, widen=True)
+    codes, scale = torch.randint(-8, 8, (5, 128), dtype=torch.int8), torch.rand(5, 1)
+    zero_point = torch.randint(-8, 8, (5, 1), dtype=torch.int32)
+    x = torch.randn(5, 128)
+    if name == "gpu_linear_w4a4":
+        return [
+            (codes, scale, None, *channel, None, torch.float32),
+            (codes, scale, zero_point, *grouped, bias, torch.float16),
+        ]
+    return [
+        (x.bfloat16(), *channel[:3], None, 4, torch.float32),
+        (x.half(), *grouped[:3], bias, 4, torch.float16),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    for arguments in samples(name):
+        torch.library.opcheck(getattr(torch.ops.lowbit, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_has_the_form_of_the_result(name: str) -> None:
+    operator = getattr(torch.ops.lowbit, name).default
+    for arguments in samples(name):
+        real = operator(*arguments)
+        with FakeTensorMode() as mode:
+            fake = operator(
+                *(
+                    mode.from_tensor(a) if isinstance(a, torch.Tensor) else a
+                    for a in arguments
+                )
+            )
+        assert (fake.dtype, fake.shape, fake.stride()) == (
+            real.dtype,
+            real.shape,
+            real.stride(),
+        )
+
+
+def test_compiled_linear() -> None:
+    """Quantization and product in one graph, for any number of rows."""
+    weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
+    packed = pack(weight, torch.rand(24, 1), None, 4, widen=True)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        codes, scale, zero_point = torch.ops.lowbit.hadamard_quantize(
+            x * 2, None, 128, 1, 4, False
+        )
+        return 1 + torch.ops.lowbit.gpu_linear_w4a4(
+            codes, scale, zero_point, *packed, None, torch.float32
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 9):
+        x = torch.randn(rows, 128)
+        assert torch.equal(compiled(x), linear(x))

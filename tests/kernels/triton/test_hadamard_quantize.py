@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transform and quantization: equal where promised, else within the stated bounds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_lowbit.kernels.grid import IntGrid
+from vllm_lowbit.kernels.hadamard.triton import factors_of, hadamard, tile_of
+from vllm_lowbit.kernels.hadamard_quantize import reference, triton
+from vllm_lowbit.kernels.hadamard_quantize.triton import TRANSFORM_ERROR
+
+CPU = torch.device("cpu")
+GRIDS = [(4, True), (4, False), (6, True), (8, True), (8, False)]
+Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def activations(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Rows with an outlier channel, as activations have them."""
+    x = torch.randn(m, n) * 3
+    x[:, n // 3] *= 30
+    return x.to(dtype)
+
+
+def check(actual: Result, expected: Result, values: torch.Tensor, grid: IntGrid) -> int:
+    """The bounds of the module; returns how many codes differ.
+
+    Args:
+        values: the reference's transformed rows.
+    """
+    codes, scale, zero_point = actual
+    bound = 3 * TRANSFORM_ERROR * (grid.code_max - grid.code_min)
+    relative = (scale - expected[1]).abs() / expected[1]
+    assert relative.max() <= 2 * TRANSFORM_ERROR
+
+    def near_a_tie(steps: torch.Tensor) -> torch.Tensor:
+        return (steps - steps.floor() - 0.5).abs() <= bound
+
+    inverse = 1.0 / expected[1]
+    low = values.amin(1, keepdim=True).clamp(max=0.0)
+    moved = zero_point - expected[2]
+    assert bool(((moved == 0) | (near_a_tie(low * inverse) & (moved.abs() == 1))).all())
+    differs = codes.int() - expected[0].int()
+    allowed = near_a_tie(values * inverse) & (differs.abs() == 1)
+    # A zero point that moved takes the codes of its row with it.
+    allowed |= (moved != 0) & ((differs - moved).abs() <= 1)
+    assert bool(((differs == 0) | allowed).all())
+    return int((differs != 0).sum())
+
+
+def run(
+    x: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    order: int,
+    stride: int,
+    bits: int,
+    symmetric: bool,
+) -> int:
+    arguments = (x, input_scale, order, stride, bits, symmetric)
+    values = reference.transform(x, input_scale, order, stride)
+    return check(
+        triton.hadamard_quantize(*arguments),
+        reference.hadamard_quantize(*arguments),
+        values,
+        IntGrid(bits, symmetric),
+    )
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+@pytest.mark.parametrize("n", [1, 7, 200, 2048, 5000])
+def test_without_transform_every_bit_is_equal(
+    bits: int, symmetric: bool, n: int, dtype: torch.dtype, assert_same_bits: object
+) -> None:
+    x = activations(5, n, dtype)
+    for input_scale in (None, torch.rand(n) + 0.5):
+        actual = triton.hadamard_quantize(x, input_scale, 1, 1, bits, symmetric)
+        expected = reference.hadamard_quantize(x, input_scale, 1, 1, bits, symmetric)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same_bits(a, b)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+@pytest.mark.parametrize(
+    ("n", "order", "stride"),
+    [
+        (64, 64, 1),
+        (384, 128, 1),
+        (96, 12, 1),
+        (512, 512, 1),
+        (1536, 1536, 1),
+        (3584, 1792, 1),
+        (512, 4, 64),
+        (640, 20, 32),
+        (480, 6 * 2, 40),
+        (7, 1, 7),
+    ],
+)
+def test_transforms(
+    bits: int, symmetric: bool, n: int, order: int, stride: int
+) -> None:
+    assert order == 1 or tile_of(n, order, stride, False, CPU) is not None
+    run(activations(4, n), None, order, stride, bits, symmetric)
+
+
+def test_types_and_input_scale(dtype: torch.dtype) -> None:
+    x = activations(3, 1024, dtype)
+    for input_scale in (None, torch.rand(1024) + 0.5):
+        run(x, input_scale, 1024, 1, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("n", "order", "stride"), [(20480, 20480, 1), (896, 448, 2), (924, 924, 1)]
+)
+def test_rows_beyond_a_tile(n: int, order: int, stride: int) -> None:
+    """Passes over memory, in any split of an order into factors."""
+    x = activations(2, n)
+    if tile_of(n, order, stride, False, CPU) is None:
+        run(x, torch.rand(n) + 0.5, order, stride, 4, True)
+    for transpose in (False, True):
+        values = x.float()
+        actual = hadamard(values, order, stride, transpose=transpose)
+        expected = reference.transform(values, None, order, stride, transpose)
+        error = (actual - expected).abs().max() / expected.abs().max()
+        assert error <= TRANSFORM_ERROR
+    orders = [part.order for part in factors_of(order, stride, False, CPU)]
+    assert torch.tensor(orders).prod() == order
+
+
+@pytest.mark.parametrize("order", [1, 128, 1536])
+def test_transform_and_its_inverse(order: int) -> None:
+    x = torch.randn(3, 2, 1536)
+    rotated = triton.transform(x, None, order, 1)
+    expected = reference.transform(x, None, order, 1)
+    assert (rotated - expected).abs().max() <= TRANSFORM_ERROR * expected.abs().max()
+    assert rotated.data_ptr() != x.data_ptr()
+    back = triton.transform(rotated, None, order, 1, True)
+    assert (back - x).abs().max() <= 2 * TRANSFORM_ERROR * x.abs().max()
+
+
+@pytest.mark.parametrize("order", [1, 512, 20480])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fused_prologues(order: int, symmetric: bool) -> None:
+    n = max(512, order)
+    grid = IntGrid(4, symmetric)
+    x, weight = activations(2, n), torch.rand(n).bfloat16() + 0.5
+    rest = (None, order, 1, 4, symmetric)
+    v = x.float()
+    normed = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5) * weight.float()
+    check(
+        triton.rms_norm_hadamard_quantize(x, weight, 1e-5, *rest),
+        reference.rms_norm_hadamard_quantize(x, weight, 1e-5, *rest),
+        reference.transform(normed, None, order, 1),
+        grid,
+    )
+    both = torch.cat((activations(2, n), torch.randn(2, n).bfloat16()), 1)
+    gated = torch.nn.functional.silu(both[:, :n].float()) * both[:, n:].float()
+    check(
+        triton.swiglu_hadamard_quantize(both, *rest),
+        reference.swiglu_hadamard_quantize(both, *rest),
+        reference.transform(gated, None, order, 1),
+        grid,
+    )
+
+
+@pytest.mark.parametrize("order", [1, 256])
+@pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+def test_degenerate_rows(
+    order: int, bits: int, symmetric: bool, assert_same_bits: object
+) -> None:
+    """All zero, tiny, one element, constant, Inf, NaN, and sums beyond float32."""
+    x = torch.zeros(8, 256)
+    x[1] = 2.0**-120
+    x[2, 0] = 3.0
+    x[3] = -1.5
+    x[4, 7] = torch.inf
+    x[5, 9] = torch.nan
+    x[6, 0] = 2.0**127
+    x[7] = torch.tensor([3.0e38, -3.0e38]).repeat(128)
+    arguments = (x, None, order, 1, bits, symmetric)
+    actual = triton.hadamard_quantize(*arguments)
+    expected = reference.hadamard_quantize(*arguments)
+    for a, b in zip(actual, expected, strict=True):
+        assert_same_bits(a, b)  # type: ignore[operator]
+
+
+def test_rows_apart_in_memory() -> None:
+    wide = activations(6, 1024)
+    for x in (wide[:, 256:768], wide[::2, :512], wide.t()[:512, :6]):
+        run(x, None, x.shape[1] if x.shape[1] > 6 else 1, 1, 4, True)
+
+
+def test_no_rows() -> None:
+    codes, scale, zero = triton.hadamard_quantize(
+        torch.empty(0, 64), None, 64, 1, 4, True
+    )
+    assert codes.shape == (0, 64) and scale.shape == zero.shape == (0, 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(1, 5),
+    blocks=st.integers(1, 3),
+    order=st.sampled_from([1, 2, 4, 12, 20, 28, 36, 64, 96, 128, 224, 256, 320, 1024]),
+    stride=st.sampled_from([1, 1, 3, 16, 33]),
+    grid=st.sampled_from(GRIDS),
+)
+def test_any_shape(
+    m: int, blocks: int, order: int, stride: int, grid: tuple[int, bool]
+) -> None:
+    run(activations(m, blocks * order * stride), None, order, stride, *grid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [4096, 8192, 12288, 14336, 18944, 25600, 28672])
+def test_rows_of_models(n: int) -> None:
+    """Few codes differ at all."""
+    for bits, symmetric in GRIDS:
+        differing = run(activations(4, n), None, n, 1, bits, symmetric)
+        assert differing <= 4 * n / 200

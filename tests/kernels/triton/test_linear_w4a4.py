@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integer linear: int32 sums and outputs equal to the reference's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_lowbit.kernels.gpu.configs import LinearConfig
+from vllm_lowbit.kernels.gpu.weights import pack
+from vllm_lowbit.kernels.linear_w4a4 import reference
+from vllm_lowbit.kernels.linear_w4a4.triton import linear_w4a4
+
+TILES = {
+    "swapped": LinearConfig(16, 32, 4, 2, True),
+    "natural": LinearConfig(32, 16, 4, 2, False),
+}
+SPLIT = LinearConfig(16, 32, 4, 2, True, split_k=3)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random operands of a linear, with every extreme code in them."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero: torch.Tensor | None
+    bias: torch.Tensor | None
+    bits: int
+
+    def run(self, config: LinearConfig, dtype: torch.dtype) -> torch.Tensor:
+        packed = pack(
+            self.weight, self.weight_scale, self.weight_zero, self.bits, widen=True
+        )
+        return linear_w4a4(
+            self.codes, self.scale, self.zero_point, *packed, self.bias, dtype, config
+        )
+
+    def expected(self, dtype: torch.dtype) -> torch.Tensor:
+        zero = self.zero_point
+        if zero is None:
+            zero = torch.zeros(len(self.codes), 1, dtype=torch.int32)
+        return reference.linear_w4a4(
+            self.codes,
+            self.scale,
+            zero,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero,
+            self.bias,
+            dtype,
+        )
+
+
+def problem(
+    m: int,
+    n: int,
+    k: int,
+    group_size: int = 0,
+    *,
+    bits: int = 4,
+    activation_bits: int = 4,
+    asymmetric: bool = False,
+    weight_zeros: bool = False,
+    bias: bool = True,
+) -> Problem:
+    half, ahalf = 1 << bits - 1, 1 << activation_bits - 1
+    groups = k // group_size if group_size else 1
+    weight = torch.randint(-half, half, (n, k), dtype=torch.int8)
+    codes = torch.randint(-ahalf, ahalf, (m, k), dtype=torch.int8)
+    weight[0], weight[-1] = half - 1, -half
+    codes[0], codes[-1] = ahalf - 1, -ahalf
+    zeros = torch.randint(-ahalf, ahalf, (m, 1), dtype=torch.int32)
+    return Problem(
+        codes,
+        torch.rand(m, 1) + 0.01,
+        zeros if asymmetric else None,
+        weight,
+        torch.rand(n, groups) + 0.01,
+        torch.randint(-half, half, (n, groups)) if weight_zeros else None,
+        torch.randn(n) if bias else None,
+        bits,
+    )
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("group_size", [0, 32, 64, 128, 256])
+def test_equals_the_reference(tile: str, bits: int, group_size: int) -> None:
+    k = 512 if group_size == 256 else 5 * group_size or 200
+    for asymmetric in (False, True):
+        p = problem(
+            19,
+            37,
+            k,
+            group_size,
+            bits=bits,
+            activation_bits=4 if bits == 4 else 8,
+            asymmetric=asymmetric,
+            weight_zeros=asymmetric,
+        )
+        assert torch.equal(p.run(TILES[tile], torch.float32), p.expected(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_types(dtype: torch.dtype, bias: bool) -> None:
+    p = problem(5, 20, 128, bias=bias)
+    assert torch.equal(p.run(TILES["swapped"], dtype), p.expected(dtype))
+
+
+def test_bfloat16_output() -> None:
+    """The interpreter cuts off where a GPU rounds: one step apart at most."""
+    p = problem(5, 20, 128)
+    actual = p.run(TILES["swapped"], torch.bfloat16).view(torch.int16).int()
+    expected = p.expected(torch.bfloat16).view(torch.int16).int()
+    assert actual.sub(expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 130])
+@pytest.mark.parametrize("n", [1, 33])
+def test_ragged_tiles(m: int, n: int) -> None:
+    p = problem(m, n, 128)
+    for config in TILES.values():
+        assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_split_k_is_exact(
+    bits: int, asymmetric: bool, many_processors: Callable[[str], None]
+) -> None:
+    many_processors("linear_w4a4")
+    p = problem(7, 600, 1000, bits=bits, asymmetric=asymmetric, weight_zeros=asymmetric)
+    assert torch.equal(p.run(SPLIT, torch.float32), p.expected(torch.float32))
+
+
+@pytest.mark.parametrize("group_size", [32, 128, 256])
+def test_split_k_with_groups(
+    group_size: int, many_processors: Callable[[str], None]
+) -> None:
+    """Parts are added in another order than the reference's groups: rounding only."""
+    many_processors("linear_w4a4")
+    p = problem(7, 40, 2048, group_size, asymmetric=True, weight_zeros=True)
+    actual, expected = p.run(SPLIT, torch.float32), p.expected(torch.float32)
+    assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert torch.equal(actual, p.run(SPLIT, torch.float32))
+
+
+def test_largest_sums() -> None:
+    """All codes at their extremes, over a long K."""
+    p = problem(2, 2, 8192, bits=8, activation_bits=8, bias=False)
+    assert torch.equal(
+        p.run(TILES["natural"], torch.float32), p.expected(torch.float32)
+    )
+
+
+def test_nothing_to_do() -> None:
+    p = problem(1, 20, 128)
+    empty = Problem(**{**vars(p), "codes": p.codes[:0], "scale": p.scale[:0]})
+    assert empty.run(TILES["swapped"], torch.float32).shape == (0, 20)
+
+
+def test_a_row_does_not_depend_on_the_batch() -> None:
+    p = problem(33, 40, 256, 128, asymmetric=True)
+    whole = p.run(TILES["swapped"], torch.float32)
+    one = Problem(
+        **{
+            **vars(p),
+            "codes": p.codes[20:21],
+            "scale": p.scale[20:21],
+            "zero_point": p.zero_point[20:21] if p.zero_point is not None else None,
+        }
+    )
+    assert torch.equal(one.run(TILES["natural"], torch.float32), whole[20:21])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 70),
+    blocks=st.integers(1, 6),
+    group_size=st.sampled_from([0, 32, 64, 128, 256]),
+    bits=st.sampled_from([2, 3, 4, 6, 8]),
+    flags=st.tuples(*[st.booleans()] * 4),
+)
+def test_any_shape(
+    m: int,
+    n: int,
+    blocks: int,
+    group_size: int,
+    bits: int,
+    flags: tuple[bool, bool, bool, bool],
+) -> None:
+    asymmetric, weight_zeros, bias, swap = flags
+    p = problem(
+        m,
+        n,
+        blocks * (group_size or 24),
+        group_size,
+        bits=bits,
+        activation_bits=8,
+        asymmetric=asymmetric,
+        weight_zeros=weight_zeros,
+        bias=bias,
+    )
+    config = TILES["swapped" if swap else "natural"]
+    assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_layer_of_a_model(group_size: int) -> None:
+    p = problem(64, 1024, 4096, group_size, asymmetric=True)
+    config = LinearConfig(64, 128, 8, 3, True)
+    assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
