@@ -53,6 +53,7 @@ class QuantizedLinear:
         order: Hadamard order of the online input transform, 1 for none.
         stride: its stride.
         activations: grid of the input, None to leave it unquantized.
+        dtype: of the server.
     """
 
     weight: QuantizedWeight
@@ -60,13 +61,19 @@ class QuantizedLinear:
     order: int
     stride: int
     activations: IntGrid | None
+    dtype: torch.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight, dtype = self.weight, torch.float32
+        weight = self.weight
         if self.activations is None:
             rotated = transform(x, weight.input_scale, self.order, self.stride)
             return _weight_only(
-                rotated, weight.codes, weight.scale, weight.zero_point, self.bias
+                rotated,
+                weight.codes,
+                weight.scale,
+                weight.zero_point,
+                self.bias,
+                self.dtype,
             )
         grid = self.activations
         codes, scale, zero_point = hadamard_quantize(
@@ -80,7 +87,7 @@ class QuantizedLinear:
             weight.scale,
             weight.zero_point,
             self.bias,
-            dtype,
+            torch.float32,
         )
 
 
@@ -101,11 +108,11 @@ class VocabularyMatrix:
         rows = self.values[token_ids].float()
         return rows if self.scale is None else rows * self.scale[token_ids]
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 ``[tokens, vocabulary]`` of ``x [tokens, hidden]``."""
+    def logits(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """float32 ``[tokens, vocabulary]`` of ``x [tokens, hidden]``, for a server."""
         if self.scale is None:
             return torch.nn.functional.linear(x, self.values)
-        return _weight_only(x, self.values, self.scale, None, None)
+        return _weight_only(x, self.values, self.scale, None, None, dtype)
 
 
 @dataclass(frozen=True)
@@ -140,12 +147,13 @@ class Vocabulary:
             dtype: of the server, in which it keeps the input of a 16-bit head.
         """
         if self.residual is None:
-            return self.head.logits(x)
+            return self.head.logits(x, dtype)
         order, stride = self.residual.order, self.residual.stride
         x = transform(x, None, order, stride, transpose=True)
         x = x if self.signs is None else x * self.signs
         x = x if self.head_scale is None else x * self.head_scale
-        return self.head.logits(x if self.head.scale is not None else _round(x, dtype))
+        x = x if self.head.scale is not None else _round(x, dtype)
+        return self.head.logits(x, dtype)
 
 
 class WeightReader:
@@ -243,6 +251,7 @@ class WeightReader:
             activations=None
             if activations.bits == 16
             else IntGrid(activations.bits, activations.symmetric),
+            dtype=self._dtype,
         )
 
     def _quantize(
@@ -304,13 +313,14 @@ def _weight_only(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """float32 ``[tokens, n]``, in the fixed point that is served.
+    """float32 ``[tokens, n]``, in the fixed point that a server of a dtype computes in.
 
     A 4-bit code of the KV cache, or a bfloat16 logit, may hang on its last bit.
     """
     weight = prepare(codes, zero_point)
-    return linear_wna16(x, weight, scale, bias, _WEIGHT_MAX, torch.float32)
+    return linear_wna16(x, weight, scale, bias, _WEIGHT_MAX, dtype).float()
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -29,6 +29,7 @@ LOWBIT_INLINE float float_of(uint32_t bits) {
 LOWBIT_INLINE bool is_finite(float x) { return (bits_of(x) & 0x7f800000) != 0x7f800000; }
 
 constexpr float NOT_A_NUMBER = __builtin_nanf("");
+constexpr float TINY = 0x1p-100f;  // grid.py's
 
 // To nearest, ties to even, for |x| < 2^22 (float) and 2^51 (double).
 LOWBIT_INLINE float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }

@@ -6,8 +6,6 @@
 
 namespace LOWBIT_ISA {
 
-constexpr float TINY = 0x1p-100f;
-
 struct Grid {
   int bits;
   bool symmetric, full_range;

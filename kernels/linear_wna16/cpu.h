@@ -6,13 +6,23 @@
 
 namespace LOWBIT_ISA {
 
-// linear_wna16/generic.py's integers, x = 65536 d2 + 256 d1 + d0 with signed digits.
+// linear_wna16/generic.py's integers, x = 65536 d2 + 256 d1 + d0 with signed digits; two
+// of them for bfloat16 outputs.
+template <int COUNT>
 struct FixedPointRows {
-  static constexpr int DIGITS = 3, FRACTION = 22;
+  static constexpr int DIGITS = COUNT, FRACTION = 22;
+  static constexpr double HALF_MAX = 127 * 256;
   using Total = double;
   const void* x;  // [m, k]
   int type;
-  const double* unit;  // [m], powers of two; NaN where a token is not finite
+  const double* unit;  // [m]; NaN where a token is not finite
+
+  static LOWBIT_INLINE double unit_of(uint32_t peak) {
+    if (peak >= 0x7f800000) return double(NOT_A_NUMBER);
+    const float largest = float_of(peak);
+    if (DIGITS == 3) return power_of_two(exponent_of(largest) - FRACTION);
+    return largest < TINY ? 1.0 : double(largest) / HALF_MAX;
+  }
 
   LOWBIT_INLINE void load(size_t token, size_t k, size_t from, size_t columns,
                           int8_t* out, size_t ld) const {
@@ -27,10 +37,14 @@ struct FixedPointRows {
       for (size_t c = 0; c < n; ++c) {
         const int32_t number = int32_t(round_even(values[c] * scale));
         const int32_t high = (number + 128) >> 8;
-        const int32_t highest = (high + 128) >> 8;
         out[done + c] = int8_t(number - 256 * high);
-        out[ld + done + c] = int8_t(high - 256 * highest);
-        out[2 * ld + done + c] = int8_t(highest);
+        if constexpr (DIGITS == 2) {
+          out[ld + done + c] = int8_t(high);
+        } else {
+          const int32_t highest = (high + 128) >> 8;
+          out[ld + done + c] = int8_t(high - 256 * highest);
+          out[2 * ld + done + c] = int8_t(highest);
+        }
       }
     }
   }
@@ -46,7 +60,8 @@ struct FixedPointRows {
         return double(
             int32_t(uint32_t(sums[d * PANEL + c]) - uint32_t(digit_sums[d]) * zero));
       };
-      const double sum = digit(0) + 256.0 * digit(1) + 65536.0 * digit(2);
+      double sum = digit(0) + 256.0 * digit(1);
+      if constexpr (DIGITS == 3) sum += 65536.0 * digit(2);
       const double part = sum * double(ws[c]);
       total[c] = first ? part : total[c] + part;
     }
@@ -62,9 +77,9 @@ struct FixedPointRows {
   }
 };
 
-template <int BITS>
-void linear_fixed_point(const void* x, int x_type, const Weight& w, size_t m, int type,
-                        void* out) {
+template <int BITS, int DIGITS>
+void linear_digits(const void* x, int x_type, const Weight& w, size_t m, int type,
+                   void* out) {
   static thread_local Scratch scratch;
   double* unit = scratch.take<double>(m);
   for (size_t r = 0; r < m; ++r) {
@@ -80,12 +95,20 @@ void linear_fixed_point(const void* x, int x_type, const Weight& w, size_t m, in
         peak = size > peak ? size : peak;
       }
     }
-    unit[r] = peak < 0x7f800000 ? power_of_two(exponent_of(float_of(peak)) -
-                                               FixedPointRows::FRACTION)
-                                : double(NOT_A_NUMBER);
+    unit[r] = FixedPointRows<DIGITS>::unit_of(peak);
   }
-  const FixedPointRows rows{x, x_type, unit};
+  const FixedPointRows<DIGITS> rows{x, x_type, unit};
   linear<BITS>(rows, w, m, type, out);
+}
+
+template <int BITS>
+void linear_fixed_point(const void* x, int x_type, const Weight& w, size_t m, int type,
+                        void* out) {
+  if (type == BFLOAT16) {
+    linear_digits<BITS, 2>(x, x_type, w, m, type, out);
+  } else {
+    linear_digits<BITS, 3>(x, x_type, w, m, type, out);
+  }
 }
 
 }  // namespace LOWBIT_ISA
