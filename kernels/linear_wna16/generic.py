@@ -3,10 +3,10 @@
 
 Activations are rounded to fixed point per token so that sums over integer codes are
 exact: rows then do not depend on the batch, which no float GEMM library promises. It
-has 22 bits (an error of 2^-22 of the token's largest at most, about what float32 holds),
-for bfloat16 results 16 (2^-16 of the largest: below the rounding of the result while the
-largest is less than 128 times the root mean square, as in any token of up to 16384
-inputs). Groups are added in float64, in ascending order.
+has 22 bits (an error of 2^-22 of the token's largest at most, about what float32
+holds), for bfloat16 results 16 (2^-16 of the largest: below the rounding of the result
+while the largest is less than 128 times the root mean square, as in any token of up to
+16384 inputs). Groups are added in float64, in ascending order.
 """
 
 import torch
@@ -15,7 +15,7 @@ from ..exact import exact_matmul, fixed_point
 from ..grid import TINY
 from ..linear_w4a4.reference import check_groups
 
-# Three signed bytes hold 22 bits and a carry, two hold +-HALF_MAX: integer kernels match.
+# Three signed bytes hold 22 bits and a carry, two hold +-HALF_MAX.
 FRACTION_BITS = 22
 HALF_MAX = 127 * 256
 
