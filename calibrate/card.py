@@ -341,7 +341,9 @@ def _transforms(card: Card) -> dict[str, str]:
     if card.recipe.weights.method == "omniquant":
         let = card.recipe.omniquant.let
         if card.config.scheme.activations.bits != 16 if let is None else let:
-            rows["the same, q and k too"] = "scales that OmniQuant learned, folded"
+            rows["between norms and linears, v and o, q and k, up and down"] = (
+                "scales that OmniQuant learned, folded"
+            )
     return rows
 
 

@@ -24,7 +24,7 @@ from .training import Group, Training, minimise
 from .vocabulary import Vocabulary
 
 # Of a step to the next code: how far from its code a weight may start.
-_MARGIN = 0.45
+_MARGIN = 0.3
 
 
 class LearnedMatrix:

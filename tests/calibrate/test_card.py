@@ -187,6 +187,45 @@ def test_equalization_and_other_matrices() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("gptaq", ["Weights were rounded by GPTAQ: damping 0.01, blocks of"]),
+        (
+            "smoothquant",
+            [
+                "Weights were rounded to the nearest code.",
+                (
+                    "| between norms and linears, up and down, v and o | SmoothQuant's "
+                    "scales, alpha 0.5, folded |"
+                ),
+            ],
+        ),
+        (
+            "omniquant",
+            [
+                "in ranges that OmniQuant learned block by block.",
+                (
+                    "| between norms and linears, v and o, q and k, up and down | "
+                    "scales that OmniQuant learned, folded |"
+                ),
+            ],
+        ),
+        ("lowbit-best", ["Then codes, scales and norm weights were trained to follow"]),
+    ],
+)
+def test_methods(name: str, lines: list[str]) -> None:
+    text = render_card(replace(CARD, recipe=load_recipe(name)))
+    for line in lines:
+        assert line in text
+
+
+def test_scales_are_not_learned_for_weights_alone() -> None:
+    config = CARD.config.model_copy(update={"scheme": scheme_from_name("w3a16-g128")})
+    card = replace(CARD, config=config, recipe=load_recipe("omniquant"))
+    assert "scales that OmniQuant learned" not in render_card(card)
+
+
 def test_every_rotation_has_a_place() -> None:
     names = [name for name in Rotations.model_fields if name[:3] != "max"]
     rotations = Rotations(**dict.fromkeys(names, HADAMARD))
