@@ -41,12 +41,16 @@ class Online:
         kv4: whether keys and values go through the 4-bit cache.
         key: rotation of queries and keys after RoPE.
         down: rotation of down_proj's input.
+        attn_input: rotation of the input of q, k and v.
+        mlp_input: rotation of the input of gate and up.
     """
 
     activations: IntGrid | None = None
     kv4: bool = False
     key: Orthogonal | None = None
     down: Orthogonal | None = None
+    attn_input: Orthogonal | None = None
+    mlp_input: Orthogonal | None = None
 
 
 class LlamaStages:
@@ -84,18 +88,18 @@ class LlamaStages:
         """
         match stage:
             case "attn_input":
-                return self.norm(x, weights["input_layernorm.weight"])
-            case "o_input":
                 h = self.norm(x, weights["input_layernorm.weight"])
+                return rotated(h, self.online.attn_input)
+            case "o_input":
+                h = self.input_of("attn_input", weights, x)
                 return self._attend(*self.linears("attn_input", weights, h))
             case "mlp_input":
-                return self.norm(x, weights["post_attention_layernorm.weight"])
-            case "down_input":
                 h = self.norm(x, weights["post_attention_layernorm.weight"])
+                return rotated(h, self.online.mlp_input)
+            case "down_input":
+                h = self.input_of("mlp_input", weights, x)
                 gate, up = self.linears("mlp_input", weights, h)
-                h = functional.silu(gate) * up
-                down = self.online.down
-                return h if down is None else down.right(h)
+                return rotated(functional.silu(gate) * up, self.online.down)
         raise ValueError(f"no stage {stage!r}")
 
     def linears(
@@ -141,8 +145,7 @@ class LlamaStages:
         """Causal attention from projections ``[windows, tokens, heads * head_dim]``."""
         q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)) for t in (q, k, v))
         q, k = self._rope(q), self._rope(k)
-        if self.online.key is not None:
-            q, k = self.online.key.right(q), self.online.key.right(k)
+        q, k = rotated(q, self.online.key), rotated(k, self.online.key)
         if self.online.kv4:
             k, v = through_cache(k), through_cache(v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -156,3 +159,8 @@ class LlamaStages:
         cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions))
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def rotated(x: torch.Tensor, rotation: Orthogonal | None) -> torch.Tensor:
+    """x with a rotation, if there is one."""
+    return x if rotation is None else rotation.right(x)

@@ -99,8 +99,14 @@ def _rotations(
         _order("intermediate_size", shape.intermediate_size, source)
         order, parallel = order_per_shard(shape.intermediate_size, MIN_BLOCK, sizes)
         down = Rotation(apply="online", order=order, block=order)
+    of_hidden = None
+    if "hadamard" in (chosen.attn_input, chosen.mlp_input):
+        order = _order("hidden_size", shape.hidden_size, source)
+        of_hidden = Rotation(apply="online", order=order, block=order)
     return Rotations(
         residual=residual,
+        attn_input=of_hidden if chosen.attn_input == "hadamard" else None,
+        mlp_input=of_hidden if chosen.mlp_input == "hadamard" else None,
         k=key,
         v=value,
         down_input=down,
@@ -129,6 +135,8 @@ class Transforms:
     residual: SignedHadamard | None
     down: SignedHadamard | None
     key: SignedHadamard | None
+    attn_input: SignedHadamard | None
+    mlp_input: SignedHadamard | None
     value_signs: torch.Tensor | None
     """int8 ``[layers, num_kv_heads * head_dim]``."""
     head_dim: int
@@ -153,6 +161,8 @@ class Transforms:
             residual=signed(rotations.residual, shape.hidden_size),
             down=signed(rotations.down_input, shape.intermediate_size),
             key=signed(rotations.k, shape.head_dim),
+            attn_input=signed(rotations.attn_input, shape.hidden_size),
+            mlp_input=signed(rotations.mlp_input, shape.hidden_size),
             value_signs=value_signs,
             head_dim=shape.head_dim,
         )
@@ -162,7 +172,12 @@ class Transforms:
         value = None
         if self.value_signs is not None:
             value = SignedHadamard(self.head_dim, self.value_signs[index])
-        return LayerTransforms(value=value, down=self.down)
+        return LayerTransforms(
+            value=value,
+            down=self.down,
+            attn_input=self.attn_input,
+            mlp_input=self.mlp_input,
+        )
 
 
 def online(scheme: Scheme, transforms: Transforms) -> Online:
@@ -176,4 +191,6 @@ def online(scheme: Scheme, transforms: Transforms) -> Online:
         kv4=scheme.kv_cache.bits == 4,
         key=transforms.key,
         down=transforms.down,
+        attn_input=transforms.attn_input,
+        mlp_input=transforms.mlp_input,
     )

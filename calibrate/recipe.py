@@ -51,6 +51,10 @@ class Transforms(StrictModel):
     """Online on q and k after RoPE; only used with a quantized cache."""
     down_input: Transform = "hadamard"
     """Online before down_proj."""
+    attn_input: Transform = "none"
+    """Online before q, k and v, after the norm and its scale."""
+    mlp_input: Transform = "none"
+    """Online before gate and up."""
     equalize: bool = False
     """Scales between up and down, and v and o (see equalize.py); folded."""
     smooth: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -88,9 +92,9 @@ class Learn(StrictModel):
     """Whether kl_top takes those tokens for the whole distribution."""
     optimizer: Literal["riemannian_adam", "cayley_sgd"] = "riemannian_adam"
     """Of rotations; scales have Adam."""
-    rotation_lr: Annotated[float, Field(gt=0, le=10)] = 0.02
+    rotation_lr: Annotated[float, Field(gt=0, le=10)] = 0.05
     """Of the first step; decays to 0 as a half cosine."""
-    scale_lr: Annotated[float, Field(gt=0, le=1)] = 0.002
+    scale_lr: Annotated[float, Field(gt=0, le=1)] = 0.006
     """The same of the scales' logarithms."""
     steps: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     """null: by the size of the model."""
@@ -289,8 +293,9 @@ class Recipe(StrictModel):
     def sized(self, shape: LlamaShape) -> Self:
         """This recipe with steps and tokens per step of learning filled in.
 
-        From the published 32 x 2048 tokens and 100 steps at 7 billion parameters down:
-        smaller models have smaller gradients' noise and cheaper steps.
+        At 7 billion parameters and above the published 100 steps of 32 x 2048 tokens;
+        below, tokens by the square root of the size, at least 2048, and more steps, at
+        most 500: a small model can afford them.
         """
         if not self.learns:
             return self

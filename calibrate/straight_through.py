@@ -109,22 +109,19 @@ def _save(
     low, at_low = x.min(dim=-1, keepdim=True)
     error = (quantized - x) / scale
     clipped = error.abs() > 1
-    # Without clipping, half as much to keep until backward.
-    code = quantized / scale
-    ctx.clips = bool(clipped.any())
-    if ctx.clips:
-        error = torch.where(clipped, code, error)
-    ctx.save_for_backward(
-        error, clipped if ctx.clips else high, high, low, at_high, at_low
-    )
+    clips = bool(clipped.any())
+    if clips:
+        error = torch.where(clipped, quantized / scale, error)
+    kept = clipped if clips else None
+    ctx.save_for_backward(error, kept, high, low, at_high, at_low)
 
 
 def _start(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Gradient without that of the scale, that of the scale, and the range."""
-    error, clipped, high, low, at_high, at_low = ctx.saved_tensors
+    error, clipped, *spread = ctx.saved_tensors
     of_scale = (grad * error).sum(dim=-1, keepdim=True)
-    result = grad.masked_fill(clipped, 0.0) if ctx.clips else grad.clone()
-    return result, of_scale, high, low, at_high, at_low
+    result = grad.clone() if clipped is None else grad.masked_fill(clipped, 0.0)
+    return result, of_scale, *spread
 
 
 class _StraightThrough(Function):

@@ -105,6 +105,8 @@ class LayerTransforms:
             rotates; k is multiplied, q divided.
         up_scale: ``[intermediate]``, between up and down.
         down: applied to down_proj's input at run time; only its inverse is folded.
+        attn_input: the same of q, k and v, after ``attn_scale``.
+        mlp_input: the same of gate and up.
     """
 
     attn_scale: torch.Tensor | None = None
@@ -115,6 +117,8 @@ class LayerTransforms:
     key_scale: torch.Tensor | None = None
     up_scale: torch.Tensor | None = None
     down: Orthogonal | None = None
+    attn_input: Orthogonal | None = None
+    mlp_input: Orthogonal | None = None
 
 
 def fold_layer(
@@ -141,8 +145,11 @@ def fold_layer(
     """
     folded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     scales = (transforms.attn_scale, transforms.mlp_scale)
-    for (norm, readers), scale in zip(NORMS.items(), scales, strict=True):
-        _fold_norm(folded, norm, readers, residual, scale)
+    online = (transforms.attn_input, transforms.mlp_input)
+    for (norm, readers), scale, rotation in zip(
+        NORMS.items(), scales, online, strict=True
+    ):
+        _fold_norm(folded, norm, readers, residual, scale, rotation)
     _fold_keys(folded, shape, transforms.key_scale)
     _fold_values(folded, shape, transforms)
     _fold_down(folded, transforms)
@@ -169,6 +176,7 @@ def _fold_norm(
     readers: tuple[str, ...],
     residual: Orthogonal | None,
     scale: torch.Tensor | None,
+    online: Orthogonal | None,
 ) -> None:
     gamma = tensors[f"{norm}.weight"]
     for name in (f"{reader}.weight" for reader in readers):
@@ -176,6 +184,8 @@ def _fold_norm(
             tensors[name] = residual.right(tensors[name] * gamma)
         if scale is not None:
             tensors[name] = tensors[name] * scale
+        if online is not None:
+            tensors[name] = online.right(tensors[name])
     if residual is not None:
         gamma = torch.ones_like(gamma)
     tensors[f"{norm}.weight"] = gamma if scale is None else gamma / scale

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is learned, and the transforms it stands for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -58,10 +59,10 @@ class Parameters:
         value = fixed.value
         if "value" in self.rotations:
             value = Dense(self.rotations["value"][index].to(dtype))
-        scales = {
+        scales: dict[str, Any] = {
             name: logs[index].exp().to(dtype) for name, logs in self.log_scales.items()
         }
-        return LayerTransforms(value=value, down=fixed.down, **scales)
+        return replace(fixed, value=value, **scales)
 
 
 @dataclass(frozen=True)

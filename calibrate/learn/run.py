@@ -117,8 +117,17 @@ class Learner:
         state = self.snapshot.load(self.origin)
         if state is not None:
             self._restore(state)
-        saved = time.monotonic()
         self._report(steps)
+        try:
+            self._learn(steps)
+        except CalibrationError:
+            # To go on from it would end the same way.
+            self.snapshot.remove()
+            raise
+        return self.curve
+
+    def _learn(self, steps: int) -> None:
+        saved = time.monotonic()
         with deferred_interrupt() as interrupted:
             for step in range(len(self.curve), steps):
                 self.curve.append((step + 1, self._step(step, steps)))
@@ -129,7 +138,6 @@ class Learner:
                     saved = time.monotonic()
                 if interrupted:
                     raise KeyboardInterrupt
-        return self.curve
 
     def _report(self, steps: int) -> None:
         what = f"learning, loss {self.curve[-1][1]:.5f}" if self.curve else "learning"
@@ -189,8 +197,11 @@ class Learner:
                     (name,) = (n for n, t in self.leaves.items() if t is leaf)
                     with torch.no_grad():
                         leaf.copy_(state.tensors[name])
+                    # Adam keeps its count of steps on the CPU.
                     optimizer.state[leaf] = {
                         key.removeprefix(f"{name}."): tensor.to(leaf.device)
+                        if tensor.dim()
+                        else tensor
                         for key, tensor in state.tensors.items()
                         if key.startswith(f"{name}.")
                     }

@@ -54,6 +54,8 @@ DOCUMENTS = st.fixed_dictionaries(
                 "value": ROTATION,
                 "key": TRANSFORM,
                 "down_input": TRANSFORM,
+                "attn_input": TRANSFORM,
+                "mlp_input": TRANSFORM,
                 "equalize": st.booleans(),
                 "smooth": st.none(),
                 "scales": st.sampled_from(["learned", "none"]),
@@ -147,6 +149,8 @@ def test_text_is_fixed() -> None:
         "  value: hadamard\n"
         "  key: hadamard\n"
         "  down_input: hadamard\n"
+        "  attn_input: none\n"
+        "  mlp_input: none\n"
         "  equalize: false\n"
         "  scales: none\n"
         "weights:\n"

@@ -77,6 +77,8 @@ def _all_of(
         key_scale=scale(kv, shape.head_dim // 2),
         up_scale=scale(shape.intermediate_size),
         down=SignedHadamard(largest_order(shape.intermediate_size)),
+        attn_input=SignedHadamard(largest_order(shape.hidden_size)),
+        mlp_input=SignedHadamard(2),
     )
 
 
@@ -106,9 +108,13 @@ class _Model:
                 if name.startswith(prefix)
             }
             transforms = per_layer()
-            stages = LlamaStages(
-                self.config, self.shape, Online(key=key, down=transforms.down)
+            online = Online(
+                key=key,
+                down=transforms.down,
+                attn_input=transforms.attn_input,
+                mlp_input=transforms.mlp_input,
             )
+            stages = LlamaStages(self.config, self.shape, online)
             weights = fold_layer(tensors, self.shape, residual, transforms)
             assert weights.keys() == tensors.keys()
             assert all(weights[k].shape == tensors[k].shape for k in tensors)

@@ -63,7 +63,12 @@ def _logits(
     source = Source.open(str(model))
     config = plan(source.shape, recipe, "x", PROVENANCE)
     fixed = Transforms.of(source.shape, config.rotations)
-    served = Online(key=fixed.key, down=fixed.down)
+    served = Online(
+        key=fixed.key,
+        down=fixed.down,
+        attn_input=fixed.attn_input,
+        mlp_input=fixed.mlp_input,
+    )
     stages = LlamaStages(LlamaConfig.from_pretrained(model), source.shape, served)
     embedding = source.tensor("model.embed_tokens.weight")
     norm, head = source.tensor("model.norm.weight"), embedding
@@ -115,6 +120,7 @@ def _check_exact(
         ({}, ALL | {"residual": "none"}),
         ({"tie_word_embeddings": True}, ALL | {"residual": "none"}),
         ({}, ALL | {"scales": "none", "equalize": True}),
+        ({}, ALL | {"attn_input": "hadamard", "mlp_input": "hadamard"}),
     ],
 )
 def test_exact_in_float64(

@@ -2,6 +2,7 @@
 """Learning in the whole calibration: same bytes, interrupted or not, or an error."""
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ import yaml
 from typer.testing import CliRunner
 
 from vllm_lowbit.calibrate.learn import run
-from vllm_lowbit.calibrate.pipeline import Progress, calibrate
+from vllm_lowbit.calibrate.perplexity import perplexity
+from vllm_lowbit.calibrate.pipeline import Progress, calibrate, held_out_windows
 from vllm_lowbit.calibrate.publish import Report
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
 from vllm_lowbit.calibrate.reference_model import ReferenceLlama
-from vllm_lowbit.calibrate.text import default_text
+from vllm_lowbit.calibrate.text import calibration_windows, default_text
 from vllm_lowbit.cli import app
 from vllm_lowbit.errors import (
     CalibrationError,
@@ -27,6 +29,7 @@ from vllm_lowbit.errors import (
 )
 from vllm_lowbit.manifest import verify
 
+REF_7M = Path(__file__).parents[3] / "models" / "ref-7m"
 STEPS = 5
 RECIPE: dict[str, Any] = {
     "name": "small",
@@ -105,6 +108,24 @@ def test_checkpoint(whole: Path) -> None:
     card = (whole / "README.md").read_text()
     assert "learned" in card
     assert not list(whole.parent.glob("*.snapshot"))
+
+
+@pytest.mark.parametrize("online", ["hadamard", "none"])
+def test_served_as_calibrated(tmp_path: Path, online: str) -> None:
+    """The bit-exact reference finds the loss that calibration reported."""
+    transforms = RECIPE["transforms"] | {"attn_input": online, "mlp_input": online}
+    data = {"samples": 16, "seq_len": 64}
+    recipe = Recipe.model_validate(RECIPE | {"transforms": transforms, "data": data})
+    report = _run(REF_7M, tmp_path / "out", recipe)
+    count = 16 + held_out_windows(16)
+    windows = calibration_windows(str(REF_7M), default_text(), count, 64, 0)
+    model = ReferenceLlama(str(tmp_path / "out"))
+    served = perplexity(model, windows[16:].flatten(), 64)
+    assert served.tokens == report.held_out_tokens
+    # Last bits of the float GEMMs flip codes; the loss stays.
+    loss = math.log(served.perplexity)
+    assert loss == pytest.approx(report.held_out.quantized, abs=0.03)
+    assert loss == pytest.approx(report.held_out.plain, abs=0.25)
 
 
 def test_same_run_same_bytes_other_seed_other_bytes(
