@@ -70,13 +70,21 @@ def test_without_transforms_the_checkpoint_is_rtn(
         assert "online Hadamard" not in place.qsur
 
 
+@pytest.mark.parametrize(("tied", "apply"), [(False, "folded"), (True, "online")])
 def test_eight_bits_are_nearly_the_base_model(
-    tmp_path: Path, base: str, windows: list[torch.Tensor], lowbit_checkpoint: Any
+    tmp_path: Path,
+    windows: list[torch.Tensor],
+    tiny_llama: Any,
+    lowbit_checkpoint: Any,
+    tied: bool,
+    apply: str,
 ) -> None:
     """Any mistake in the change of basis would be an error of order one."""
+    model = tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
     rotations = {key: value for key, value in ROTATIONS.items() if key != "k"}
-    checkpoint = lowbit_checkpoint(tmp_path, base, "w8a8", **rotations)
-    found = observe(base, str(checkpoint), windows)
+    rotations["residual"] = {**rotations["residual"], "apply": apply}
+    checkpoint = lowbit_checkpoint(tmp_path / "q", model, "w8a8", **rotations)
+    found = observe(str(model), str(checkpoint), windows)
     for error in found.errors["checkpoint"].values():
         assert 0 < error.weights < 0.03 and error.weights < error.all < 0.05
         assert 0 < error.stream < 0.05
