@@ -59,8 +59,11 @@ def _row(case: Case) -> dict[str, Any]:
     try:
         report = compile_case(case)
     except Exception as error:  # Whatever the compiler raises is this case's fault.
-        first = str(error).strip().partition("\n")[0]
-        row = {**head, "faults": [f"{type(error).__name__}: {first}"]}
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        last = str(cause).strip().rpartition("\n")[2]
+        row = {**head, "faults": [f"{type(cause).__name__}: {last}"]}
     else:
         row = {
             **head,

@@ -5,6 +5,7 @@ Other widths are compiled with the row for the fewest tokens.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -38,6 +39,8 @@ FLOAT_TYPES = {
     "bias_ptr": "*bf16",
     **dict.fromkeys(("M", "N", "K", "row_bytes", "turns", "groups"), "i32"),
 }
+# Least shared memory of NVIDIA's and of AMD's.
+FALLBACK_TARGETS = ("sm_86", "gfx942")
 # Most instructions of the main loop, by operator and scheme.
 CEILINGS = {
     ("linear_w4a4", "channel"): 260,
@@ -48,9 +51,11 @@ CEILINGS = {
 
 
 def cases() -> Iterator[Case]:
-    """Rows of the tables of all targets, by scheme."""
+    """Rows of the tables of all targets, by scheme, and those of the fallback."""
     for target in TARGETS:
         for scheme in configs.SCHEMES:
+            if target in FALLBACK_TARGETS:
+                yield from _fallback_cases(target, scheme)
             rows = configs.table(target)["linear_w4a4"][scheme]
             yield _integer_case(target, scheme, rows[0], 8)
             for row in rows:
@@ -60,6 +65,17 @@ def cases() -> Iterator[Case]:
                 yield _float_case(target, scheme, rows[0], bits)
             for row in rows:
                 yield _float_case(target, scheme, row, 4)
+
+
+def _fallback_cases(target: str, scheme: str) -> Iterator[Case]:
+    table = configs.table(configs.FALLBACK)
+    for make, operator in (
+        (_integer_case, "linear_w4a4"),
+        (_float_case, "linear_wna16"),
+    ):
+        for row in table[operator][scheme]:
+            case = make(target, scheme, row, 4)
+            yield replace(case, name=f"fallback, {case.name}", quick=False)
 
 
 def _integer_case(target: str, scheme: str, row: configs.Row, bits: int) -> Case:

@@ -17,20 +17,23 @@ def _number(field, zero, DOT: tl.constexpr):
     """``field - zero`` as DOT, exactly; field int16 in [0, 15], zero in [0, 23]."""
     if tl.bfloat16 == DOT:
         number = (field | 0x4300).to(tl.bfloat16, bitcast=True)
-        return number - (zero + 128).to(tl.float32).to(tl.bfloat16)
-    if tl.float16 == DOT:
+        number = number - (zero + 128).to(tl.float32).to(tl.bfloat16)
+    elif tl.float16 == DOT:
         number = (field | 0x6400).to(tl.float16, bitcast=True)
-        return number - (zero + 1024).to(tl.float32).to(tl.float16)
-    return (field - zero).to(tl.float32)
+        number = number - (zero + 1024).to(tl.float32).to(tl.float16)
+    else:
+        number = (field - zero).to(tl.float32)
+    return number
 
 
 @triton.jit
 def _field(data, high, plane: tl.constexpr, BITS: tl.constexpr):
     """Unsigned field of a plane; high holds the third bits of 3."""
+    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    field = (data >> (WIDTH * (plane % (8 // WIDTH)))) & ((1 << WIDTH) - 1)
     if BITS == 4:
         # Nibbles are signed: flipping their sign bit adds 8.
-        return ((data >> (4 * plane)) & 15) ^ 8
-    field = (data >> (2 * (plane % 4))) & 3
+        field = field ^ 8
     if BITS == 3:
         field = field | (((high >> plane) & 1) << 2)
     return field

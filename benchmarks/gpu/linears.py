@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linears: against their references, and against the libraries of torch."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
+
+from vllm_lowbit.kernels.gpu.target import INTERPRETED
+from vllm_lowbit.kernels.gpu.weights import pack
+from vllm_lowbit.kernels.hadamard_quantize.triton import hadamard_quantize
+from vllm_lowbit.kernels.linear_w4a4 import reference as integer_reference
+from vllm_lowbit.kernels.linear_w4a4.triton import linear_w4a4
+from vllm_lowbit.kernels.linear_wna16 import reference as float_reference
+from vllm_lowbit.kernels.linear_wna16.triton import linear_wna16
+
+from .case import Check, Row
+from .shapes import MODELS, TOKENS
+
+Count = Callable[[int], int]
+Calls = list[Callable[[], object]]
+
+
+def checks(device: torch.device) -> Iterator[Check]:
+    """Every bucket of tokens, group size and width."""
+    tokens, n, k = (1, 17, 33, 65, 130, 600), 1000, 4096
+    if INTERPRETED:
+        tokens, n, k = (5,), 20, 256
+    for m, group, bits in product(tokens, (0, 32, 64, 128), (4, 8)):
+        yield Check(
+            "linear_w4a4",
+            f"M {m} group {group} {bits} bits",
+            partial(_compare_integer, device, m, n, k, group, bits),
+        )
+    for m, group, bits in product(tokens, (0, 32, 128), (2, 3, 4, 8)):
+        for dtype in (torch.bfloat16, torch.float16):
+            yield Check(
+                "linear_wna16",
+                f"M {m} group {group} {bits} bits {dtype}",
+                partial(_compare_float, device, (m, n, k), group, bits, dtype),
+            )
+
+
+def _compare_integer(
+    device: torch.device, m: int, n: int, k: int, group: int, bits: int
+) -> str | None:
+    """Bit for bit; groups of split-K may be added in another order."""
+    torch.manual_seed(m)
+    half, groups = 1 << bits - 1, k // group if group else 1
+    weight = torch.randint(-half, half, (n, k), dtype=torch.int8, device=device)
+    scale = torch.rand(n, groups, device=device) + 0.01
+    codes = torch.randint(-half, half, (m, k), dtype=torch.int8, device=device)
+    token = torch.rand(m, 1, device=device) + 0.01
+    bias = torch.randn(n, device=device)
+    for zeros in (False, True):
+        limits = (-half, half)
+        zero = torch.randint(*limits, (m, 1), dtype=torch.int32, device=device)
+        weight_zero = torch.randint(*limits, (n, groups), device=device)
+        if not zeros:
+            zero, weight_zero = torch.zeros_like(zero), None
+        expected = integer_reference.linear_w4a4(
+            codes, token, zero, weight, scale, weight_zero, bias, torch.float32
+        )
+        packed = pack(weight, scale, weight_zero, bits, widen=True)
+        actual = linear_w4a4(
+            codes, token, zero if zeros else None, *packed, bias, torch.float32
+        )
+        if group == 0 and not torch.equal(actual, expected):
+            return f"{int((actual != expected).sum())} outputs differ, zeros {zeros}"
+        error = float((actual - expected).abs().max() / expected.abs().max())
+        if not error <= 1e-5:
+            return f"off by {error:.1e} of the largest, zeros {zeros}"
+    return None
+
+
+def _compare_float(
+    device: torch.device,
+    sizes: tuple[int, int, int],
+    group: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> str | None:
+    m, n, k = sizes
+    torch.manual_seed(m)
+    half, groups = 1 << bits - 1, k // group if group else 1
+    weight = torch.randint(-half, half, (n, k), dtype=torch.int8, device=device)
+    scale = torch.rand(n, groups, device=device) + 0.01
+    zero = torch.randint(-half, half, (n, groups), device=device)
+    x = torch.randn(m, k, device=device).to(dtype)
+    packed = pack(weight, scale, zero, bits, widen=False)
+    actual = linear_wna16(
+        x, packed.weight, packed.scale, packed.zero, None, bits, torch.float32
+    )
+    expected = float_reference.linear_wna16(x, weight, scale, zero, None, torch.float64)
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    return None if error <= 1e-5 else f"off by {error:.1e} of the largest"
+
+
+def rows(device: torch.device) -> Iterator[Row]:
+    """Every layer and number of tokens, few tokens first."""
+    layers = [(m, layer, *nk) for m, ls in MODELS.items() for layer, nk in ls.items()]
+    for tokens in TOKENS:
+        for model, layer, n, k in layers:
+            arms = _Arms(device, tokens, n, k)
+            sizes = {"m": tokens, "n": n, "k": k}
+            activations = tokens * (k + 2 * n)
+            yield Row(
+                "linear_w4a4",
+                f"{model} {layer}",
+                sizes,
+                {
+                    "triton": arms.integer,
+                    "triton with hadamard_quantize": arms.integer_whole,
+                    "bf16": arms.bf16,
+                    "fp8": arms.fp8,
+                    "int8": arms.int8,
+                },
+                "bf16",
+                n * k // 2 + activations,
+                2 * tokens * n * k,
+                needs=("hadamard_quantize",),
+            )
+            if tokens <= 64:
+                yield Row(
+                    "linear_wna16",
+                    f"{model} {layer}",
+                    sizes,
+                    {
+                        "triton": arms.weight_only,
+                        "triton groups of 128": partial(arms.weight_only, group=128),
+                        "bf16": arms.bf16,
+                    },
+                    "bf16",
+                    n * k // 2 + tokens * 2 * (n + k),
+                )
+
+
+class _Arms:
+    """Ways to multiply ``[m, k]`` by a weight ``[n, k]``, on copies of the weight."""
+
+    def __init__(self, device: torch.device, m: int, n: int, k: int) -> None:
+        self.device, self.m, self.n, self.k = device, m, n, k
+
+    def _codes(self, rows: int, half: int = 7) -> torch.Tensor:
+        return torch.randint(
+            -half, half + 1, (rows, self.k), dtype=torch.int8, device=self.device
+        )
+
+    def _x(self) -> torch.Tensor:
+        return torch.randn(self.m, self.k, device=self.device).bfloat16()
+
+    def _packed(self, count: int, widen: bool, group: int = 0):  # type: ignore[no-untyped-def]
+        groups = self.k // group if group else 1
+        scale = torch.ones(self.n, groups, device=self.device)
+        first = pack(self._codes(self.n), scale, None, 4, widen=widen)
+        weights = [first.weight] + [first.weight.clone() for _ in range(count - 1)]
+        return first, weights
+
+    def integer(self, count: Count) -> Calls:
+        first, weights = self._packed(count(self.n * self.k // 2), True)
+        codes, scale = self._codes(self.m), torch.ones(self.m, 1, device=self.device)
+        rest = (first.scale, None, first.sum, None, torch.bfloat16)
+        return [partial(linear_w4a4, codes, scale, None, w, *rest) for w in weights]
+
+    def integer_whole(self, count: Count) -> Calls:
+        first, weights = self._packed(count(self.n * self.k // 2), True)
+        x = self._x()
+        rest = (first.scale, None, first.sum, None, torch.bfloat16)
+
+        def call(weight: torch.Tensor) -> torch.Tensor:
+            codes, scale, _ = hadamard_quantize(x, None, self.k, 1, 4, True)
+            return linear_w4a4(codes, scale, None, weight, *rest)
+
+        return [partial(call, weight) for weight in weights]
+
+    def weight_only(self, count: Count, group: int = 0) -> Calls:
+        first, weights = self._packed(count(self.n * self.k // 2), False, group)
+        x = self._x()
+        rest = (first.scale, None, None, 4, torch.bfloat16)
+        return [partial(linear_wna16, x, w, *rest) for w in weights]
+
+    def bf16(self, count: Count) -> Calls:
+        x = self._x()
+        return [
+            partial(torch.nn.functional.linear, x, self._codes(self.n).bfloat16())
+            for _ in range(count(2 * self.n * self.k))
+        ]
+
+    def fp8(self, count: Count) -> Calls:
+        kind = torch.float8_e4m3fn
+        x, one = self._x().to(kind), torch.ones((), device=self.device)
+        return [
+            partial(
+                torch._scaled_mm,
+                x,
+                self._codes(self.n).bfloat16().to(kind).t(),
+                scale_a=one,
+                scale_b=one,
+                out_dtype=torch.bfloat16,
+            )
+            for _ in range(count(self.n * self.k))
+        ]
+
+    def int8(self, count: Count) -> Calls:
+        codes = self._codes(self.m)
+        return [
+            partial(torch._int_mm, codes, self._codes(self.n).t())
+            for _ in range(count(self.n * self.k))
+        ]
