@@ -6,19 +6,20 @@ arithmetic of the CPU backends. Scores and weights are 16-bit floats on matrix u
 
 * A rotated query (exact, as ``hadamard/generic.py``) is rounded to fp16 after scaling
   its largest magnitude to ``[2^14, 2^15)``: an element moves by at most 2^-12 of
-  itself, or 2^-25 of the largest. Codes of K are exact, sums are float32.
+  itself, or 2^-35 of the largest. Codes of K are exact, sums are float32.
 * ``p = exp2(score + e - peak)`` with ``e`` the exponent of the token's V scale, so that
   the weight ``w = p * v_scale / 2^e`` is at most 2 whatever the scales, and is rounded
   to fp16: by 2^-12 of itself, or 2^-25 of the row's largest. Values are ``sum w u``
   minus ``sum w zero`` with the *same* rounded w, so nothing cancels; their total is
   ``sum p / 2^e`` in float32.
 * So a value is off by about ``2^-12 / sqrt(tokens)`` of the values' size, and by what
-  2^-12 in the query moves the scores; see ``tolerance`` in
-  tests/kernels/triton/kv4_attention_cases.py.
+  2^-12 in the query moves the scores: ``tolerance`` in
+  tests/kernels/triton/test_kv4_attention.py.
 
 Contexts are cut at fixed positions (``splits.py``) and merged in ascending order,
-whatever the batch and the grid: the bits of a row in a batch of decodes do not depend
-on the other rows. Batches of longer queries take other tiles and are not cut.
+whatever the batch and the grid. So the bits of a row in a batch of decodes (up to 16
+query rows, tokens times heads of a group, for each sequence) do not depend on the other
+rows. Longer queries take other tiles, whose bits are their own.
 
 A row is NaN when a visible token has parameters that the store does not write for
 finite values (a scale that is not positive and finite, a zero that is not finite), or
@@ -46,6 +47,8 @@ from .triton_plan import Plan, plan
 
 # Programs of a launch that keep every processor busy.
 PROGRAMS_PER_PROCESSOR = 8
+# Programs that a processor holds at a time.
+RESIDENT_PROGRAMS = 4
 ENCODE_ROWS = 16
 MERGE_AHEAD = 8
 
@@ -55,7 +58,7 @@ def split_rows(kv_heads: int, device: torch.device) -> int:
 
     With more, sequences alone fill the device.
     """
-    return -(-PROGRAMS_PER_PROCESSOR * processors(device) // kv_heads)
+    return -(-RESIDENT_PROGRAMS * processors(device) // kv_heads)
 
 
 def workspace_elements(
