@@ -94,8 +94,10 @@ TABLE: tuple[Row, ...] = (
     Row("quantize_weight", "cpu", ("cpu",), _compiled(_any)),
     Row("quantize_weight", "generic", ("cpu",), _any),
     Row("kv4_store", "cpu", ("cpu",), _compiled(_head_dim)),
+    Row("kv4_store", "triton", ("cuda",), _triton(_head_dim)),
     Row("kv4_store", "generic", ("cpu",), _head_dim),
     Row("kv4_attention", "cpu", ("cpu",), _compiled(_head_dim)),
+    Row("kv4_attention", "triton", ("cuda",), _triton(_head_dim)),
     Row("kv4_attention", "generic", ("cpu",), _head_dim),
 )
 OPERATORS = tuple(dict.fromkeys(row.operator for row in TABLE))

@@ -58,8 +58,10 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("quantize_weight", "cpu"): weight_cpu.quantize_weight,
     ("quantize_weight", "generic"): weight_generic.quantize_weight,
     ("kv4_store", "cpu"): store_cpu.kv4_store,
+    ("kv4_store", "triton"): on_call("kv4_store.triton.kv4_store"),
     ("kv4_store", "generic"): store_generic.kv4_store,
     ("kv4_attention", "cpu"): attention_cpu.kv4_attention,
+    ("kv4_attention", "triton"): on_call("kv4_attention.triton.kv4_attention"),
     ("kv4_attention", "generic"): attention_generic.kv4_attention,
 }
 

@@ -7,6 +7,7 @@ arguments.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -126,6 +127,7 @@ _register(
     " bool rotate_key) -> ()",
     implementation("kv4_store"),
     lambda key, value, kv_cache, slot_mapping, rotate_key: None,
+    IMPLEMENTATIONS["kv4_store", "triton"],
 )
 _register(
     "kv4_attention(Tensor query, Tensor kv_cache, Tensor block_table,"
@@ -133,4 +135,22 @@ _register(
     " int? sliding_window, float? logits_soft_cap, bool rotate_query) -> Tensor",
     implementation("kv4_attention"),
     lambda query, *arguments: torch.empty_like(query),
+    IMPLEMENTATIONS["kv4_attention", "triton"],
+)
+
+
+def _attention_out(*arguments: Any) -> None:
+    """Into ``out``, the last but one; only GPUs need the workspace after it."""
+    *inputs, out, _ = arguments
+    out.copy_(implementation("kv4_attention")(*inputs))
+
+
+_register(
+    "kv4_attention_out(Tensor query, Tensor kv_cache, Tensor block_table,"
+    " Tensor query_start_loc, Tensor seq_lens, float softmax_scale,"
+    " int? sliding_window, float? logits_soft_cap, bool rotate_query,"
+    " Tensor(a!) out, Tensor(b!)? workspace) -> ()",
+    _attention_out,
+    lambda *arguments: None,
+    on_call("kv4_attention.triton.kv4_attention_out"),
 )

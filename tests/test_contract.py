@@ -303,6 +303,49 @@ def _(symbol: Any, real: Any) -> None:
     assert names["causal"] is True
 
 
+@holds("AttentionCGSupport")
+def _(symbol: Any, real: Any) -> None:
+    """A uniform batch of decodes, also of speculation, is what graphs may hold."""
+    assert symbol.ALWAYS.value > symbol.UNIFORM_BATCH.value
+    assert symbol.UNIFORM_BATCH.value > symbol.UNIFORM_SINGLE_TOKEN_DECODE.value
+
+
+@holds("_init_reorder_batch_threshold")
+def _(symbol: Any, real: Any) -> None:
+    assert parameters(symbol)[:2] == [
+        "reorder_batch_threshold",
+        "supports_spec_as_decode",
+    ]
+
+
+@holds("split_decodes_and_prefills")
+def _(symbol: Any, real: Any) -> None:
+    common = SimpleNamespace(
+        max_query_len=4,
+        num_reqs=3,
+        num_actual_tokens=6,
+        query_start_loc_cpu=torch.tensor([0, 1, 2, 6]),
+    )
+    assert symbol(common, 1) == (2, 1, 2, 4)
+
+
+@holds("current_platform")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol.device_type in ("cpu", "cuda")
+
+
+@holds("SchedulerConfig")
+def _(symbol: Any, real: Any) -> None:
+    assert real.config.scheduler_config.max_num_batched_tokens >= 256
+
+
+@holds("CompilationConfig")
+def _(symbol: Any, real: Any) -> None:
+    # None or 0 where nothing is captured.
+    size = real.config.compilation_config.max_cudagraph_capture_size
+    assert size is None or size >= 0
+
+
 @holds("AttentionBackendEnum")
 def _(symbol: Any, real: Any) -> None:
     assert symbol[KV4AttentionBackend.get_name()] is symbol.CUSTOM is real.kv4.backend

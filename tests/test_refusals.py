@@ -259,7 +259,7 @@ class TestAttention:
         reason = f"head_dim must be one of {HEAD_DIMS}, got {head_size}"
         assert str(error.value) == (
             "layer layers.3.attn: no backend runs kv4_store on cpu: "
-            f"cpu: {reason}; generic: {reason}"
+            f"cpu: {reason}; triton: runs on cuda, not on cpu; generic: {reason}"
         )
 
     @pytest.mark.parametrize("head_size", HEAD_DIMS)

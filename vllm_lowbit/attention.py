@@ -36,9 +36,9 @@ class KV4CacheMethod(BaseKVCacheMethod):
     def create_weights(self, layer: Any) -> None:
         """Replace the layer's backend; called at the end of its constructor."""
         stock = layer.impl
-        layer.attn_backend = KV4AttentionBackend
+        layer.attn_backend = backend_class()
         layer.backend = AttentionBackendEnum.CUSTOM
-        layer.impl = KV4AttentionImpl(
+        layer.impl = layer.attn_backend.get_impl_cls()(
             layer.num_heads,
             layer.head_size,
             stock.scale,
@@ -56,6 +56,17 @@ class KV4CacheMethod(BaseKVCacheMethod):
                 "instead of the 4-bit cache"
             )
         truth.attention_ready(self.config, layer)
+
+
+def backend_class() -> type["KV4AttentionBackend"]:
+    """The backend of the platform that vLLM runs on."""
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type == "cuda":
+        from .attention_cuda import KV4CudaAttentionBackend
+
+        return KV4CudaAttentionBackend
+    return KV4AttentionBackend
 
 
 @dataclass

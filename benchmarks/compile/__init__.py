@@ -4,6 +4,6 @@
 A module of cases has ``cases() -> Iterator[Case]`` and is listed in SOURCES.
 """
 
-from . import activations, linears
+from . import activations, kv4, linears
 
-SOURCES = (activations, linears)
+SOURCES = (activations, linears, kv4)

@@ -52,7 +52,15 @@ def test_compiled_kernels_come_first(operator: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "operator", ["hadamard", "hadamard_quantize", "linear_w4a4", "linear_wna16"]
+    "operator",
+    [
+        "hadamard",
+        "hadamard_quantize",
+        "linear_w4a4",
+        "linear_wna16",
+        "kv4_store",
+        "kv4_attention",
+    ],
 )
 def test_triton_runs_on_gpus_where_it_is_installed(
     operator: str, monkeypatch: pytest.MonkeyPatch

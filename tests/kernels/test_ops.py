@@ -24,6 +24,7 @@ NAMES = (
     "linear_packed",
     "kv4_store",
     "kv4_attention",
+    "kv4_attention_out",
 )
 # Kernels of Triton alone, checked in triton/test_gpu_ops.py.
 ON_GPUS = ("gpu_linear_w4a4", "gpu_linear_wna16")
@@ -107,6 +108,19 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
             (batch.query, *paged, 0.125, None, None, True),
             (batch.query.to(bf16), *paged, 0.125, 8, 20.0, False),
         ],
+        "kv4_attention_out": [
+            (batch.query, *paged, 0.125, None, None, True, batch.query + 1, None),
+            (
+                batch.query,
+                *paged,
+                0.125,
+                8,
+                20.0,
+                False,
+                batch.query + 1,
+                torch.ones(9),
+            ),
+        ],
     }[name]
 
 
@@ -146,7 +160,7 @@ def test_fake_has_the_form_of_the_result(
                     for a in arguments
                 )
             )
-        if name == "kv4_store":
+        if name in ("kv4_store", "kv4_attention_out"):
             assert real is fake is None
         else:
             assert forms(fake) == forms(real)
@@ -159,6 +173,9 @@ def test_fake_has_the_form_of_the_result(
         "hadamard_quantize",
         "rms_norm_hadamard_quantize",
         "swiglu_hadamard_quantize",
+        "kv4_store",
+        "kv4_attention",
+        "kv4_attention_out",
     ],
 )
 def test_gpus_have_a_kernel_of_their_own(name: str) -> None:
