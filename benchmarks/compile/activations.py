@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
                 "DOT": tl.bfloat16,
             },
             aligned=("columns",),
-            options={"num_warps": 4, "num_stages": 2},
+            options={"num_warps": 8, "num_stages": 2},
             matrix=MATRIX,
         )
 

@@ -168,7 +168,7 @@ def hadamard(
             SIZE=size,
             BLOCK=64,
             DOT=DOT,
-            num_warps=4,
+            num_warps=8,
             num_stages=2,
         )
         x = y
