@@ -34,6 +34,11 @@ def inline_ptx(arch: str) -> bool:
     return arch.startswith("sm_")
 
 
+def lanes(arch: str) -> int:
+    """Threads of a warp."""
+    return 64 if arch.startswith("gfx9") else 32
+
+
 @functools.lru_cache(maxsize=64)
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors or compute units; 1 in the interpreter."""

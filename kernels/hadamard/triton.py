@@ -18,12 +18,18 @@ from ..gpu.checks import check_tensor
 from ..gpu.target import INTERPRETED
 from .matrices import factor, matrix
 from .reference import check_blocks
+from .triton_kernel import factor_kernel
 
 # The interpreter multiplies the bit patterns of bfloat16.
 DOT = tl.float32 if INTERPRETED else tl.bfloat16
 DIRECT = 128
 LARGEST_FACTOR = 256
+# Elements of a tile that is transformed on one side, and on both: more would spill
+# registers on chips whose matrix units take operands from registers alone.
 LARGEST_TILE = 1 << 15
+LARGEST_TWO_SIDED = 1 << 13
+WIDE = {"sm_90", "sm_100", "gfx942", "gfx950", "interpreter"}
+LARGEST_TWO_SIDED_WIDE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,14 @@ class Tile:
 
 @functools.lru_cache(maxsize=256)
 def tile_of(
-    n: int, order: int, stride: int, transpose: bool, device: torch.device
+    n: int, order: int, stride: int, transpose: bool, device: torch.device, arch: str
 ) -> Tile | None:
     """The tile of a row of n elements, None when it is too large for one.
+
+    Args:
+        n, order, stride, transpose: of the transform.
+        device: that the tables are for.
+        arch: of the device (see ``gpu/target.py``).
 
     Raises:
         ValueError: for an unknown order, or blocks that do not divide n.
@@ -64,7 +75,10 @@ def tile_of(
         left_order = order // columns
     rows = n // columns
     padded = _padded(rows), _padded(columns)
-    if padded[0] * padded[1] > LARGEST_TILE:
+    largest = LARGEST_TILE
+    if left_order > 1 and right_order > 1:
+        largest = LARGEST_TWO_SIDED_WIDE if arch in WIDE else LARGEST_TWO_SIDED
+    if padded[0] * padded[1] > largest:
         return None
     if padded[1] > DIRECT or (left_order > 1 and padded[0] > DIRECT):
         return None
@@ -122,64 +136,6 @@ def scaling(order: int) -> tuple[float, float]:
     return 2.0**-exponent, 2.0**exponent * order**-0.5
 
 
-@triton.jit
-def left_product(table, values, PARTS: tl.constexpr, DOT: tl.constexpr):
-    """``table @ values`` of float32 values in bfloat16 parts."""
-    part = values.to(tl.bfloat16)
-    total = tl.dot(table.to(DOT), part.to(DOT))
-    for _ in tl.static_range(1, PARTS):
-        values = values - part.to(tl.float32)
-        part = values.to(tl.bfloat16)
-        total = tl.dot(table.to(DOT), part.to(DOT), total)
-    return total
-
-
-@triton.jit
-def right_product(values, table, PARTS: tl.constexpr, DOT: tl.constexpr):
-    """``values @ table``, likewise."""
-    part = values.to(tl.bfloat16)
-    total = tl.dot(part.to(DOT), table.to(DOT))
-    for _ in tl.static_range(1, PARTS):
-        values = values - part.to(tl.float32)
-        part = values.to(tl.bfloat16)
-        total = tl.dot(part.to(DOT), table.to(DOT), total)
-    return total
-
-
-@triton.jit
-def factor_kernel(
-    x_ptr,
-    y_ptr,
-    table_ptr,
-    columns,
-    before,
-    after,
-    ORDER: tl.constexpr,
-    STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """One factor of a transform of contiguous float32 rows.
-
-    x is ``[blocks, ORDER, STRIDE]`` with ``columns = blocks * STRIDE``; SIZE is that of
-    the padded table.
-    """
-    out = tl.program_id(1) * 64 + tl.arange(0, 64)
-    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = (column < columns)[None, :]
-    base = (column // STRIDE * (ORDER * STRIDE) + column % STRIDE)[None, :]
-    total = tl.zeros((64, BLOCK), tl.float32)
-    for start in range(0, SIZE, 64):
-        index = start + tl.arange(0, 64)
-        table = tl.load(table_ptr + out[:, None] * SIZE + index[None, :])
-        mask = exists & (index < ORDER)[:, None]
-        x = tl.load(x_ptr + base + index[:, None] * STRIDE, mask=mask, other=0.0)
-        total += left_product(table, x * before, 3, DOT)
-    mask = exists & (out < ORDER)[:, None]
-    tl.store(y_ptr + base + out[:, None] * STRIDE, total * after, mask=mask)
-
-
 def hadamard(
     x: torch.Tensor, order: int, stride: int = 1, *, transpose: bool = False
 ) -> torch.Tensor:
@@ -212,7 +168,7 @@ def hadamard(
             SIZE=size,
             BLOCK=64,
             DOT=DOT,
-            num_warps=4,
+            num_warps=8,
             num_stages=2,
         )
         x = y

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Online transform and quantization of activations on a GPU, one kernel for most rows.
 
-Rows that fit a tile (see ``hadamard/triton.py``; 16384 elements with a transform across
-all of them, 32768 with blocks up to 128) are read once and written as codes. Others
-take a float32 pass per factor of the transform.
+Rows that fit a tile (see ``hadamard/triton.py``: by chip 8192 or 16384 elements with a
+transform across them, 32768 with blocks up to 128) are read once and written as codes.
+Others take a float32 pass per factor of the transform.
 
 Against the reference, whose transform is exact to 2^-31 of a block: without transform
 and prologue, everything is equal bit for bit. Otherwise a value is off by at most
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..gpu.checks import FLOATS, check_optional, check_tensor
+from ..gpu.target import architecture, lanes
 from ..grid import IntGrid
 from ..hadamard.reference import check_blocks
 from ..hadamard.triton import (
@@ -165,9 +166,11 @@ class _Call:
         if self.order == 1:
             self._rows(operands, epsilon, result)
             return result
-        tile = tile_of(n, self.order, self.stride, self.transpose, device)
+        arch = architecture(device)
+        tile = tile_of(n, self.order, self.stride, self.transpose, device, arch)
         if tile is not None:
-            self._tile(tile, operands, epsilon, result)
+            warps = tile_warps(tile, lanes(arch))
+            self._tile(tile, warps, operands, epsilon, result)
             return result
         values = torch.empty((m, n), dtype=torch.float32, device=device)
         replace(self, grid=None)._rows(operands, epsilon, (values, None, None))
@@ -211,7 +214,12 @@ class _Call:
         )
 
     def _tile(
-        self, tile: Tile, operands: _Operands, epsilon: float, result: _Result
+        self,
+        tile: Tile,
+        warps: int,
+        operands: _Operands,
+        epsilon: float,
+        result: _Result,
     ) -> None:
         x, weight, input_scale = operands
         out, scale, zero_point = result
@@ -240,12 +248,14 @@ class _Call:
             RIGHT=tile.right is not None,
             PARTS=_PARTS[x.dtype] if exact else 3,
             DOT=DOT,
-            num_warps=tile_warps(tile),
+            num_warps=warps,
             **self._constants(input_scale),
         )
 
 
-def tile_warps(tile: Tile) -> int:
-    """Warps for a tile: about 64 elements a thread at most."""
+def tile_warps(tile: Tile, lanes: int) -> int:
+    """Warps of so many lanes for a tile: at most 64 elements a lane."""
     size = tile.padded[0] * tile.padded[1]
-    return min(16, max(4, size // 2048))
+    if size <= 4096:
+        return 4
+    return 8 if size <= 16384 or lanes == 64 else 16

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..gpu.grid import grid_encode, grid_parameters
-from ..hadamard.triton import left_product, right_product
+from ..hadamard.triton_kernel import left_product, right_product
 
 
 @triton.jit

@@ -99,7 +99,9 @@ def test_without_transform_every_bit_is_equal(
 def test_transforms(
     bits: int, symmetric: bool, n: int, order: int, stride: int
 ) -> None:
-    assert order == 1 or tile_of(n, order, stride, False, CPU) is not None
+    assert (
+        order == 1 or tile_of(n, order, stride, False, CPU, "interpreter") is not None
+    )
     run(activations(4, n), None, order, stride, bits, symmetric)
 
 
@@ -115,7 +117,7 @@ def test_types_and_input_scale(dtype: torch.dtype) -> None:
 def test_rows_beyond_a_tile(n: int, order: int, stride: int) -> None:
     """Passes over memory, in any split of an order into factors."""
     x = activations(2, n)
-    if tile_of(n, order, stride, False, CPU) is None:
+    if tile_of(n, order, stride, False, CPU, "interpreter") is None:
         run(x, torch.rand(n) + 0.5, order, stride, 4, True)
     for transpose in (False, True):
         values = x.float()
@@ -125,6 +127,15 @@ def test_rows_beyond_a_tile(n: int, order: int, stride: int) -> None:
         assert error <= TRANSFORM_ERROR
     orders = [part.order for part in factors_of(order, stride, False, CPU)]
     assert torch.tensor(orders).prod() == order
+
+
+@pytest.mark.parametrize(
+    ("arch", "n"), [("sm_80", 8192), ("sm_90", 16384), ("unknown", 8192)]
+)
+def test_tiles_that_chips_hold(arch: str, n: int) -> None:
+    assert tile_of(n, n, 1, False, CPU, arch) is not None
+    assert tile_of(2 * n, 2 * n, 1, False, CPU, arch) is None
+    assert tile_of(32768, 128, 1, False, CPU, arch) is not None
 
 
 @pytest.mark.parametrize("order", [1, 128, 1536])
