@@ -121,7 +121,8 @@ def _stored(layers: list[QuantizedLayer]) -> list[torch.Tensor]:
 def test_the_whole_model_comes_closer_on_windows_it_was_not_trained_on(
     model: Make,
 ) -> None:
-    recipe, other = _recipe(steps=60), _windows(200)[150:]
+    rates = {"code_rate": 2e-2, "scale_rate": 4e-3, "norm_rate": 4e-3}
+    recipe, other = _recipe(steps=60, **rates), _windows(200)[150:]
     trained = model()
     before = float(trained.loss(other, 1000))
     record = CalibrationRecord()
