@@ -234,7 +234,10 @@ def test_split_positions() -> None:
         assert starts[count - 1] < tokens <= starts[count]
 
 
-@pytest.mark.parametrize(("length", "window"), [(4700, None), (38000, 9000)])
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [(4700, None), pytest.param(38000, 9000, marks=pytest.mark.slow)],
+)
 def test_long_contexts(length: int, window: int | None, kv_batch: Batches) -> None:
     """Splits of every size; windows that begin in the middle of one."""
     batch = kv_batch([length], [1], num_heads=2, num_kv_heads=1, block_size=256)

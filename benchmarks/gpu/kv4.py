@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 4-bit cache: against its reference, then against bf16 attention and copies."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+
+from vllm_lowbit.kernels.gpu.target import INTERPRETED, processors
+from vllm_lowbit.kernels.kv4_attention import reference
+from vllm_lowbit.kernels.kv4_attention.triton import (
+    PROGRAMS_PER_PROCESSOR,
+    kv4_attention,
+    kv4_attention_out,
+    workspace_elements,
+)
+from vllm_lowbit.kernels.kv4_store import generic as store_generic
+from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
+from vllm_lowbit.kernels.kv4_store.triton import kv4_store
+
+from . import bf16_attention
+from .case import Check, Row
+
+Count = Callable[[int], int]
+Calls = list[Callable[[], object]]
+
+# Attention of Llama 3 8B and Qwen3 8B.
+HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
+BATCHES = (1, 16)
+CONTEXTS = tuple(1024 << i for i in range(8))
+STORED = (16, 256, 8192)
+# fp16 queries and weights (see kv4_attention/triton.py), and half an ulp of bf16
+# results of up to 4, twice.
+TOLERANCE = 2e-2
+BASELINE = "bf16 attention"
+# Decodes; decodes, a chunk behind a prefix and a whole prompt.
+BATCH_FORMS = {"decode": (1, 1, 1), "chunks": (1, 30, 10)}
+
+
+def checks(device: torch.device) -> Iterator[Check]:
+    """Pages byte for byte, and attention by the reference, for every head size."""
+    for head_dim in HEAD_DIMS[:1] if INTERPRETED else HEAD_DIMS:
+        for rotate in (True, False):
+            name = f"head {head_dim}" + " rotated" * rotate
+            run = partial(_compare_pages, device, head_dim, rotate)
+            yield Check("kv4_store", name, run)
+        for form, window in product(BATCH_FORMS, (None, 100)):
+            name = f"head {head_dim} {form} window {window}"
+            run_attention = partial(_compare_attention, device, head_dim, form, window)
+            yield Check("kv4_attention", name, run_attention)
+    for context in (70, 1000):
+        run_baseline = partial(_compare_baseline, device, context)
+        yield Check(BASELINE, f"context {context}", run_baseline)
+
+
+def _pages(
+    head_dim: int, tokens: int, rotate: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Key, value, slots and the pages that the reference makes of them."""
+    random = torch.Generator().manual_seed(head_dim)
+    key, value = torch.randn(2, tokens, 2, head_dim, generator=random).bfloat16()
+    slots = torch.randperm(tokens, generator=random)
+    blocks = -(-tokens // PAGE)
+    pages = torch.full((blocks, 2, PAGE, head_dim + 8), 255, dtype=torch.uint8)
+    store_generic.kv4_store(key, value, pages, slots, rotate)
+    return key, value, slots, pages
+
+
+def _compare_pages(device: torch.device, head_dim: int, rotate: bool) -> str | None:
+    key, value, slots, pages = _pages(head_dim, 100 if INTERPRETED else 5000, rotate)
+    written = torch.full(pages.shape, 255, dtype=torch.uint8, device=device)
+    inputs = [tensor.to(device) for tensor in (key, value)]
+    kv4_store(*inputs, written, slots.to(device), rotate)
+    differ = int((written.cpu() != pages).sum())
+    return f"{differ} bytes differ" if differ else None
+
+
+def _compare_attention(
+    device: torch.device, head_dim: int, form: str, window: int | None
+) -> str | None:
+    *_, pages = _pages(head_dim, 700 if not INTERPRETED else 320, True)
+    counts = BATCH_FORMS[form]
+    random = torch.Generator().manual_seed(0)
+    query = torch.randn(sum(counts), 8, head_dim, generator=random).bfloat16()
+    tokens = PAGE * (len(pages) - 1)
+    inputs = (
+        query,
+        pages,
+        torch.arange(len(pages), dtype=torch.int32).repeat(3, 1),
+        torch.tensor((0, *counts)).cumsum(0).int(),
+        torch.tensor((tokens, tokens // 2, 10), dtype=torch.int32),
+    )
+    rest = (head_dim**-0.5, window, 20.0 if window else None, True)
+    expected = reference.kv4_attention(*inputs, *rest).float()
+    there = [tensor.to(device) for tensor in inputs]
+    actual = kv4_attention(*there, *rest)
+    error = float((actual.cpu().float() - expected).abs().max())
+    if not error <= TOLERANCE:
+        return f"off by {error:.1e}"
+    if not torch.equal(kv4_attention(*there, *rest), actual):
+        return "two runs differ"
+    return None
+
+
+def _compare_baseline(device: torch.device, context: int) -> str | None:
+    # The interpreter's products of bf16 are wrong.
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    random = torch.Generator().manual_seed(context)
+    key, value = torch.randn(2, 3, 2, context, HEAD_DIM, generator=random).to(dtype)
+    query = torch.randn(3, 8, HEAD_DIM, generator=random).to(dtype)
+    expected = F.scaled_dot_product_attention(
+        query.view(3, 2, 4, HEAD_DIM).double(), key.double(), value.double()
+    ).view(query.shape)
+    there = [tensor.to(device) for tensor in (query, key, value)]
+    workspace = torch.empty(bf16_attention.workspace_elements(query), device=device)
+    out = torch.empty_like(there[0])
+    bf16_attention.decode(*there, out, workspace, programs=100)
+    error = float((out.cpu() - expected).abs().max())
+    return None if error <= TOLERANCE else f"off by {error:.1e}"
+
+
+def rows(device: torch.device) -> Iterator[Row]:
+    """Decode attention by batch and context, then the store."""
+    for batch, context in product(BATCHES, CONTEXTS):
+        arms = _Attention(device, batch, context)
+        yield Row(
+            "kv4_attention",
+            f"decode, {HEADS} heads over {KV_HEADS} of {HEAD_DIM}",
+            {"batch": batch, "context": context},
+            {"triton": arms.kv4, "bf16 SDPA": arms.sdpa, "bf16 Triton": arms.bf16},
+            "bf16 Triton",
+            arms.packed,
+            needs=("kv4_store", BASELINE),
+        )
+    for tokens in STORED:
+        moved = tokens * KV_HEADS * (5 * HEAD_DIM + 8)
+        yield Row(
+            "kv4_store",
+            f"{KV_HEADS} heads of {HEAD_DIM}",
+            {"m": tokens},
+            {
+                "triton": partial(_store, device, tokens),
+                "copy": partial(_copy, device, moved),
+            },
+            "copy",
+            moved,
+        )
+
+
+class _Attention:
+    """The arms of one batch and context.
+
+    A context's bf16 K and V are four times its pages, so each arm has as many copies
+    as its own bytes need.
+    """
+
+    def __init__(self, device: torch.device, batch: int, context: int) -> None:
+        self.device, self.batch, self.context = device, batch, context
+        self.packed = batch * context * KV_HEADS * (HEAD_DIM + 8)
+        self.plain = batch * context * KV_HEADS * HEAD_DIM * 4
+        shape = (batch, HEADS, HEAD_DIM)
+        self.query = torch.randn(shape, dtype=torch.bfloat16)
+
+    def kv4(self, copies: Count) -> Calls:
+        """Shuffled pages, a cache and a table for every call."""
+        device, tokens = self.device, self.batch * self.context
+        query = self.query.to(device)
+        starts = torch.arange(self.batch + 1, dtype=torch.int32, device=device)
+        lengths = torch.full_like(starts[1:], self.context)
+        sizes = (self.batch, HEADS, KV_HEADS, HEAD_DIM, self.context)
+        elements = workspace_elements(*sizes, device)
+        workspace = torch.empty(elements, dtype=torch.float32, device=device)
+        out = torch.empty_like(query)
+        calls: Calls = []
+        for _ in range(copies(self.packed)):
+            table = torch.randperm(tokens // PAGE, device=device).int()
+            calls.append(
+                partial(
+                    kv4_attention_out,
+                    query,
+                    self._cache(),
+                    table.view(self.batch, -1),
+                    starts,
+                    lengths,
+                    HEAD_DIM**-0.5,
+                    None,
+                    None,
+                    True,
+                    out,
+                    workspace,
+                )
+            )
+        return calls
+
+    def _cache(self) -> torch.Tensor:
+        """Random keys and values, stored a part at a time."""
+        device, blocks = self.device, self.batch * self.context // PAGE
+        shape = (blocks, KV_HEADS, PAGE, HEAD_DIM + 8)
+        cache = torch.empty(shape, dtype=torch.uint8, device=device)
+        for slots in torch.arange(blocks * PAGE, device=device).split(1 << 16):
+            rows = (2, len(slots), KV_HEADS, HEAD_DIM)
+            key, value = torch.randn(rows, dtype=torch.bfloat16, device=device)
+            kv4_store(key, value, cache, slots, True)
+        return cache
+
+    def _operands(self, copies: Count) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        shape = (2, self.batch, KV_HEADS, self.context, HEAD_DIM)
+        for _ in range(copies(self.plain)):
+            key, value = torch.randn(shape, dtype=torch.bfloat16, device=self.device)
+            yield key, value
+
+    def sdpa(self, copies: Count) -> Calls:
+        """A group's heads are the rows of one query, so that K and V are read once."""
+        shape = (self.batch, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+        query = self.query.to(self.device).view(shape)
+        return [
+            partial(F.scaled_dot_product_attention, query, key, value)
+            for key, value in self._operands(copies)
+        ]
+
+    def bf16(self, copies: Count) -> Calls:
+        query = self.query.to(self.device)
+        elements = bf16_attention.workspace_elements(query)
+        workspace = torch.empty(elements, dtype=torch.float32, device=self.device)
+        programs = PROGRAMS_PER_PROCESSOR * processors(self.device)
+        out = torch.empty_like(query)
+        return [
+            partial(bf16_attention.decode, query, k, v, out, workspace, programs)
+            for k, v in self._operands(copies)
+        ]
+
+
+def _store(device: torch.device, tokens: int, copies: Count) -> Calls:
+    blocks = -(-tokens // PAGE)
+    calls: Calls = []
+    for _ in range(copies(tokens * KV_HEADS * (5 * HEAD_DIM + 8))):
+        shape = (2, tokens, KV_HEADS, HEAD_DIM)
+        key, value = torch.randn(shape, dtype=torch.bfloat16, device=device)
+        pages = (blocks, KV_HEADS, PAGE, HEAD_DIM + 8)
+        cache = torch.empty(pages, dtype=torch.uint8, device=device)
+        slots = torch.randperm(blocks * PAGE, device=device)[:tokens]
+        calls.append(partial(kv4_store, key, value, cache, slots, True))
+    return calls
+
+
+def _copy(device: torch.device, moved: int, copies: Count) -> Calls:
+    """Reads and writes half of the bytes each."""
+    calls: Calls = []
+    for _ in range(copies(moved)):
+        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+        calls.append(partial(torch.empty_like(source).copy_, source))
+    return calls
