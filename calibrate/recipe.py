@@ -445,9 +445,11 @@ def _known(path: KeyPath) -> str:
         model = model.model_fields[key].annotation
     known = list(model.model_fields)
     close = difflib.get_close_matches(path[-1], known, n=1)
+    # The section every recipe has first.
+    sections = sorted(Recipe.model_fields.items(), key=lambda item: item[0] != "data")
     elsewhere = [
         f"{section}.{path[-1]}"
-        for section, field in Recipe.model_fields.items()
+        for section, field in sections
         if path[-1] in getattr(field.annotation, "model_fields", ())
     ]
     hint = f"did you mean {(close + elsewhere)[0]}? " if close or elsewhere else ""

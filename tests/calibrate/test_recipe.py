@@ -311,7 +311,7 @@ class TestLoad:
             ("gtpq", "did you mean gptq?"),
             (
                 "nothing",
-                "; built in: gptaq, gptq, lowbit, lowbit-best, omniquant, quarot, ",
+                "; built in: gptaq, gptq, lowbit, lowbit-best, omniquant, ostquant, ",
             ),
             ("", "recipe '' does not exist"),
             ("x" * 10000, "xxx... does not exist"),
