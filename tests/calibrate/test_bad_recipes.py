@@ -77,7 +77,7 @@ BAD = [
     (
         "weights:\n  method: awq",
         2,
-        "key weights.method: Input should be 'rtn' or 'gptq",
+        "key weights.method: Input should be 'rtn', 'gptq', 'gptaq' or 'omniquant'",
     ),
     ("weights:\n  damping: 0", 2, "greater than 0, got 0"),
     ("weights:\n  damping: -1e-3", 2, "greater than 0, got -0.001"),
