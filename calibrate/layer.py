@@ -11,7 +11,7 @@ from ..schema import Scheme
 from .gptq import GPTQOptions, Hessian, gptq
 from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
 from .quantize import Add, QuantizedMatrix, round_to_nearest
-from .recipe import WeightMethod
+from .recipe_sections import WeightMethod
 
 Tensors = dict[str, torch.Tensor]
 

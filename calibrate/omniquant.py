@@ -20,7 +20,7 @@ from .block import Block
 from .layer import LayerModels, QuantizedLayer, Streams, Tensors
 from .llama import LINEARS
 from .quantize import QuantizedMatrix
-from .recipe import OmniQuant as Settings
+from .recipe_sections import OmniQuant as Settings
 from .record import CalibrationRecord
 from .straight_through import on_grid, rounded, stored_as
 from .training import Group, Training

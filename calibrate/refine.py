@@ -17,7 +17,8 @@ from .layer import QuantizedLayer, Tensors
 from .learn.loss import kl_top
 from .llama import LlamaStages
 from .quantize import QuantizedMatrix
-from .recipe import Recipe, Refine
+from .recipe import Recipe
+from .recipe_sections import Refine
 from .record import CalibrationRecord
 from .straight_through import on_grid, stored_as
 from .training import Group, Training, minimise

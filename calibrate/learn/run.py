@@ -13,7 +13,7 @@ from hashlib import sha256
 import torch
 
 from ...errors import CalibrationError
-from ..recipe import Learn
+from ..recipe_sections import Learn
 from .loss import cross_entropy, kl_top, mean_squared
 from .model import LearningModel
 from .orthogonal import CayleySGD, RiemannianAdam

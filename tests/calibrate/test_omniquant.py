@@ -17,7 +17,7 @@ from vllm_lowbit.calibrate.omniquant import (
     OmniQuant,
     OmniQuantOptions,
 )
-from vllm_lowbit.calibrate.recipe import OmniQuant as Settings
+from vllm_lowbit.calibrate.recipe_sections import OmniQuant as Settings
 from vllm_lowbit.calibrate.record import CalibrationRecord
 from vllm_lowbit.calibrate.transforms import Dense, LayerTransforms
 from vllm_lowbit.errors import CalibrationError

@@ -17,7 +17,8 @@ from vllm_lowbit.calibrate.learn.snapshot import Curve, Snapshot
 from vllm_lowbit.calibrate.learn.start import Covariance, womi
 from vllm_lowbit.calibrate.llama import RESIDUAL_STAGES, LlamaStages, Online
 from vllm_lowbit.calibrate.plan import Transforms, plan
-from vllm_lowbit.calibrate.recipe import Learn, Recipe
+from vllm_lowbit.calibrate.recipe import Recipe
+from vllm_lowbit.calibrate.recipe_sections import Learn
 from vllm_lowbit.calibrate.source import Source
 from vllm_lowbit.calibrate.text import calibration_windows, default_text
 from vllm_lowbit.calibrate.transforms import fold_embedding, fold_head, fold_layer
