@@ -296,6 +296,7 @@ class TestEnv:
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
         lines = env().splitlines()
         assert any(line.startswith(f"device {device}: ") for line in lines)
         table = [[cell.strip() for cell in line.split("│")[1:4]] for line in lines]
