@@ -99,7 +99,7 @@ typecheck: $(DEV)
 	@"$(BIN)/mypy" --cache-dir .mypy_cache/scripts deploy/serve.py
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@rm -rf $(VENV) kernels/cpu/native.so build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BASE):

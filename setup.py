@@ -23,6 +23,9 @@ FOLDERS = {
     "vllm_lowbit.deploy": "deploy",
 }
 
+# Where an editable installation has the library.
+IN_PLACE = Path("kernels/cpu/native.so")
+
 # No contraction, no reassociation: every operation rounds as it does in torch.
 FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
@@ -37,6 +40,14 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-DLOWBIT_AVX512", *AVX2, *AVX512),
         "-mprefer-vector-width=512",
     ]
+
+
+def is_newer(library):
+    """Whether a library was built after the last change of what it is built from."""
+    if not library.exists():
+        return False
+    sources = [Path(__file__), *Path("kernels").glob("*/*.[ch]*")]
+    return library.stat().st_mtime > max(path.stat().st_mtime for path in sources)
 
 
 class BuildKernels(build_ext):
@@ -70,11 +81,15 @@ class BuildKernels(build_ext):
             subprocess.run(command, check=True)
             return output
 
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Each extra that is installed into a checkout comes here again.
+        if self.editable_mode and is_newer(IN_PLACE):
+            shutil.copy2(IN_PLACE, library)
+            return
         # The slowest first.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, reversed(jobs)))
-        library = Path(self.get_ext_fullpath(ext.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
         # OpenMP stays unresolved: torch's runtime provides it in the process.
         link = shlex.split(os.environ.get("LDFLAGS", ""))
         subprocess.run(
