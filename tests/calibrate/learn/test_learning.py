@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def _recipe(
         {
             "scheme": scheme,
             "transforms": transforms,
-            "learn": {"steps": steps, "tokens_per_step": 64, **learn},
+            "learn": {"steps": steps, "tokens_per_step": 64} | learn,
             "weights": {"method": "rtn"},
             "data": {"samples": 8, "seq_len": 32},
         }
@@ -156,26 +157,31 @@ ROTATIONS = ALL | {"scales": "none"}
 
 
 @pytest.mark.parametrize(
-    ("transforms", "learn"),
+    ("transforms", "learn", "share"),
     [
-        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02}),
-        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02, "quantize_weights": True}),
-        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02, "loss": "mse"}),
-        (ROTATIONS, {"rotation_lr": 0.1, "loss": "cross_entropy"}),
-        (ROTATIONS, {"rotation_lr": 1.5, "optimizer": "cayley_sgd"}),
-        ({"scales": "learned"}, {"scale_lr": 0.05}),
+        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02}, 0.9),
+        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02, "quantize_weights": True}, 0.9),
+        (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02, "loss": "mse"}, 0.9),
+        # Most of a cross entropy is the text's own, which no rotation lowers.
+        (ROTATIONS, {"rotation_lr": 0.05, "loss": "cross_entropy"}, 1),
+        (ROTATIONS, {"rotation_lr": 1.5, "optimizer": "cayley_sgd"}, 0.97),
+        ({"scales": "learned"}, {"scale_lr": 0.05}, 0.9),
     ],
 )
 def test_learning_lowers_the_loss(
-    tmp_path: Path, transforms: dict[str, Any], learn: dict[str, Any]
+    tmp_path: Path, transforms: dict[str, Any], learn: dict[str, Any], share: float
 ) -> None:
-    """Every step has the same windows, so that losses can be compared."""
+    """Every step has the same windows, so that losses can be compared.
+
+    The last bits of a rotation move codes, and with them a loss up and down from step
+    to step: the mean of the second half is what counts.
+    """
     model = MODELS / "ref-7m-outliers"
-    windows = calibration_windows(str(model), default_text(), 2, 32, seed=0)
-    recipe = _recipe(transforms, 12, **learn)
+    windows = calibration_windows(str(model), default_text(), 8, 64, seed=0)
+    recipe = _recipe(transforms, 16, **learn, tokens_per_step=windows.numel())
     _, curve = _learn(model, recipe, windows, tmp_path)
     losses = [loss for _, loss in curve]
-    assert losses[-1] < 0.97 * losses[0]
+    assert fmean(losses[8:]) < share * losses[0]
 
 
 def test_windows_come_in_turn() -> None:
