@@ -38,8 +38,9 @@ class Block:
         weights = {name: tensor.float() for name, tensor in folded.items()}
 
         def outputs(x: torch.Tensor) -> torch.Tensor:
-            parts = x[:samples].split(chunk)
-            return torch.cat([through(models.plain, weights, p) for p in parts])
+            few = x[:samples]
+            parts = (through(models.plain, weights, p) for p in few.split(chunk))
+            return models.scratch.collect(parts, len(few))
 
         self.targets = [outputs(streams.plain)]
         if aug:

@@ -57,24 +57,66 @@ class Hessian:
         rows = x.flatten(0, -2)
         # float32 over a few thousand rows, float64 across.
         for part in rows.split(4096):
-            self.sum += (part.t() @ part).double()
+            self.sum += part.t() @ part
         if plain is None:
             return
         if self.drift is None:
             self.drift = torch.zeros_like(self.sum)
         difference = plain.flatten(0, -2) - rows
         for moved, part in zip(difference.split(4096), rows.split(4096), strict=True):
-            self.drift += (moved.t() @ part).double()
+            self.drift += moved.t() @ part
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How the columns of every weight that reads the same inputs make up for others.
+
+    Attributes:
+        order: in which columns are taken, int64 ``[k]``.
+        factor: upper Cholesky factor of the damped Hessian's inverse, float32
+            ``[k, k]``, in that order.
+        handed_on: float32 ``[k, k]``, what a column hands on of its input's drift;
+            makes it GPTAQ.
+    """
+
+    order: torch.Tensor
+    factor: torch.Tensor
+    handed_on: torch.Tensor | None
+
+    @classmethod
+    def of(cls, hessian: Hessian, options: GPTQOptions, name: str) -> "Compensation":
+        """Work it out, in the memory of the Hessian, which is used up.
+
+        Args:
+            hessian: of the quantized inputs.
+            options: damping, order and correction.
+            name: of a linear that reads them, for errors.
+
+        Raises:
+            CalibrationError: when the Hessian is not finite or not positive definite.
+        """
+        total, drift = hessian.sum, hessian.drift
+        del hessian.sum, hessian.drift
+        order = torch.arange(len(total), device=total.device)
+        if options.act_order:
+            order = torch.argsort(total.diagonal(), descending=True, stable=True)
+            total = _reordered(total, order)
+            drift = None if drift is None else _reordered(drift, order)
+        factor = _inverse_factor(total, options.damping, name)
+        handed_on = None
+        if drift is not None:
+            # Row i, right of i: i's drift in least squares of the columns after it.
+            moved = (drift @ factor.t()).triu_(1) @ factor
+            handed_on = (options.correction * moved).float()
+        return cls(order, factor.float().contiguous(), handed_on)
 
 
 def gptq(
     weight: torch.Tensor,
-    hessian: torch.Tensor,
+    compensation: Compensation,
     grid: IntGrid,
     group_size: int | None,
-    options: GPTQOptions,
-    name: str,
-    drift: torch.Tensor | None = None,
+    block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize a weight so that its outputs on the calibration inputs change least.
 
@@ -83,61 +125,48 @@ def gptq(
 
     Args:
         weight: float32 ``[n, k]``.
-        hessian: float64 ``[k, k]``, of the quantized inputs.
+        compensation: of its inputs.
         grid: the codes to use.
         group_size: elements of k that share a scale; None for whole rows.
-        options: damping, block size, order.
-        name: of the linear, for errors.
-        drift: float64 ``[k, k]``, of :class:`Hessian`; makes it GPTAQ.
+        block_size: columns between two updates of the rest.
 
     Returns:
         codes int8 ``[n, k]``, scale float32 and zero_point int32 ``[n, groups]``.
-
-    Raises:
-        CalibrationError: when the Hessian is not finite or not positive definite.
     """
     n, k = weight.shape
     size = k if group_size is None else group_size
     scale, zero_point = best_clip(weight.reshape(-1, size), grid)
     scale, zero_point = scale.view(n, -1), zero_point.view(n, -1)
-    order = torch.arange(k, device=weight.device)
-    if options.act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], options.damping, name)
-    columns = order // size
-    handed_on = None
-    if drift is not None:
-        # Row i, right of i: i's drift in least squares of the columns after it.
-        moved = (drift[order][:, order] @ factor.t()).triu(1) @ factor
-        handed_on = (options.correction * moved).to(weight.dtype)
-    codes = _round_columns(
-        weight[:, order],
-        factor.to(weight.dtype),
-        handed_on,
-        grid,
-        scale[:, columns],
-        zero_point[:, columns],
-        options.block_size,
-    )
-    return codes[:, torch.argsort(order)], scale, zero_point
+    codes = _round_columns(weight, compensation, grid, scale, zero_point, block_size)
+    return codes, scale, zero_point
+
+
+def _reordered(square: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows and columns in another order, with one copy at a time."""
+    rows = square[order]
+    for part in rows.split(256):
+        part.copy_(part[:, order])
+    return rows
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse, float64."""
-    if not bool(torch.isfinite(hessian).all()):
+    """Upper Cholesky factor of the damped Hessian's inverse, in its memory."""
+    if not bool(torch.isfinite(hessian.sum())):
         raise CalibrationError(
             f"linear {name}: its calibration inputs hold an Inf or NaN"
         )
-    hessian = hessian.clone()
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean()) or 1.0
     # An input that is always zero is rounded on its own.
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
-    lower, failed = torch.linalg.cholesky_ex(hessian)
+    # LAPACK works in place on a matrix whose columns are in one piece.
+    factor = hessian.mT
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if not int(failed):
-        inverse = torch.cholesky_inverse(lower)
-        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        torch.cholesky_inverse(factor, out=factor)
+        torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
     if int(failed):
         raise CalibrationError(
             f"linear {name}: the Hessian of its inputs is not positive definite; "
@@ -148,24 +177,27 @@ def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.T
 
 def _round_columns(
     weight: torch.Tensor,
-    factor: torch.Tensor,
-    handed_on: torch.Tensor | None,
+    compensation: Compensation,
     grid: IntGrid,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     block_size: int,
 ) -> torch.Tensor:
-    """Codes ``[n, k]``; scale and zero_point ``[n, k]`` belong to each column."""
+    """Codes ``[n, k]`` with scale and zero_point ``[n, groups]``."""
     n, k = weight.shape
+    order, factor = compensation.order, compensation.factor
+    handed_on = compensation.handed_on
     # Rows of the transpose are columns in one piece of memory.
-    rest, scale, zero_point = (t.t().contiguous() for t in (weight, scale, zero_point))
+    rest, scale, zero_point = weight.t()[order], scale.t(), zero_point.t()
+    group = (order // (k // len(scale))).tolist()
     codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
         errors = torch.empty(end - start, n, dtype=rest.dtype, device=rest.device)
         for i in range(start, end):
-            codes[i] = grid.encode(rest[i], scale[i], zero_point[i])
-            error = rest[i] - decode(codes[i], scale[i], zero_point[i])
+            its = scale[group[i]], zero_point[group[i]]
+            codes[i] = grid.encode(rest[i], *its)
+            error = rest[i] - decode(codes[i], *its)
             error = error / factor[i, i]
             errors[i - start] = error
             rest[i + 1 : end] -= factor[i, i + 1 : end].unsqueeze(1) * error
@@ -174,4 +206,4 @@ def _round_columns(
         rest[end:] -= factor[start:end, end:].t() @ errors
         if handed_on is not None:
             rest[end:] += handed_on[start:end, end:].t() @ rest[start:end]
-    return codes.t().contiguous()
+    return codes[torch.argsort(order)].t().contiguous()

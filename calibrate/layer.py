@@ -2,16 +2,17 @@
 """One decoder layer: quantizing it stage by stage, and what is stored of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..kernels.grid import IntGrid
 from ..schema import Scheme
-from .gptq import GPTQOptions, Hessian, gptq
+from .gptq import Compensation, GPTQOptions, Hessian, gptq
 from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
 from .quantize import Add, QuantizedMatrix, round_to_nearest
 from .recipe_sections import WeightMethod
+from .scratch import Scratch
 
 Tensors = dict[str, torch.Tensor]
 
@@ -63,10 +64,12 @@ class LayerModels:
     Attributes:
         served: with the server's quantizers and online rotations.
         plain: with the rotations alone.
+        scratch: where hidden states and weights are kept.
     """
 
     served: LlamaStages
     plain: LlamaStages
+    scratch: Scratch = field(default_factory=Scratch)
 
     def advance(
         self, layer: QuantizedLayer, x: torch.Tensor, chunk: int
@@ -74,8 +77,8 @@ class LayerModels:
         """The served stream after a layer, ``chunk`` windows at a time."""
         weights = layer.weights()
         for stage in RESIDUAL_STAGES:
-            parts = [self.served.update(stage, weights, p) for p in x.split(chunk)]
-            x = torch.cat(parts)
+            parts = (self.served.update(stage, weights, p) for p in x.split(chunk))
+            x = self.scratch.collect(parts, len(x))
         return x
 
 
@@ -165,13 +168,17 @@ class StageQuantizer:
         x, y = (s[: self.samples] for s in (streams.served, streams.plain))
         linears: dict[str, QuantizedMatrix] = {}
         for stage, names in STAGES.items():
-            hessian = self._hessian(stage, weights, plain_weights, x, y)
+            compensation = None
+            if self.recipe.method != "rtn":
+                hessian = self._hessian(stage, weights, plain_weights, x, y)
+                compensation = Compensation.of(hessian, self.options, prefix + names[0])
             for name in names:
                 starting(prefix + name)
                 weight = plain_weights[f"{name}.weight"]
-                linears[name] = self._quantize(prefix + name, weight, hessian)
-                weights[f"{name}.weight"] = linears[name].decoded()
-            if stage == "o_input" and hessian is not None:
+                linears[name] = self._quantize(weight, compensation)
+                decoded = linears[name].decoded()
+                weights[f"{name}.weight"] = self.models.scratch.keep(decoded)
+            if stage == "o_input" and compensation is not None:
                 x = self._updated(self.models.served, weights, x)
                 y = self._updated(self.models.plain, plain_weights, y)
         return QuantizedLayer(linears, floats)
@@ -180,19 +187,18 @@ class StageQuantizer:
         self, model: LlamaStages, weights: Tensors, x: torch.Tensor
     ) -> torch.Tensor:
         """The stream between attention and MLP."""
-        parts = [model.update("o_input", weights, p) for p in x.split(self.chunk)]
-        return torch.cat(parts)
+        parts = (model.update("o_input", weights, p) for p in x.split(self.chunk))
+        return self.models.scratch.collect(parts, len(x))
 
     def _quantize(
-        self, name: str, weight: torch.Tensor, hessian: Hessian | None
+        self, weight: torch.Tensor, compensation: Compensation | None
     ) -> QuantizedMatrix:
         weights = self.scheme.weights
-        if hessian is None:
+        if compensation is None:
             return round_to_nearest(weight, weights)
         grid = IntGrid(weights.bits, weights.symmetric)
-        size, drift = weights.group_size, hessian.drift
-        done = gptq(weight, hessian.sum, grid, size, self.options, name, drift)
-        return QuantizedMatrix(grid, *done)
+        size, block = weights.group_size, self.options.block_size
+        return QuantizedMatrix(grid, *gptq(weight, compensation, grid, size, block))
 
     def _hessian(
         self,
@@ -201,11 +207,9 @@ class StageQuantizer:
         plain_weights: Tensors,
         x: torch.Tensor,
         y: torch.Tensor,
-    ) -> Hessian | None:
-        if self.recipe.method == "rtn":
-            return None
+    ) -> Hessian:
         served, plain = self.models.served, self.models.plain
-        hessian = None
+        hessian: Hessian | None = None
         for part, plain_part in zip(
             x.split(self.chunk), y.split(self.chunk), strict=True
         ):
@@ -215,4 +219,5 @@ class StageQuantizer:
                 hessian.add(h, plain.input_of(stage, plain_weights, plain_part))
             else:
                 hessian.add(h)
+        assert hessian is not None
         return hessian

@@ -7,6 +7,7 @@ it will really see. One layer's weights are in memory at a time.
 """
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..lowbit_checkpoint import expected_tensors
 from ..schema import LowbitConfig, Provenance
 from .block import Block, through
 from .equalize import InputPower, up_scale, value_scale
+from .estimate import CHUNK_TOKENS, Estimate, Estimator, Speed
 from .layer import LayerModels, QuantizedLayer, StageQuantizer, Streams, layer_errors
 from .learn.end_to_end import learn_transforms
 from .learn.parameters import Learned
@@ -33,16 +35,17 @@ from .publish import Losses, Report, publish
 from .recipe import Recipe
 from .record import CALIBRATION, CalibrationRecord
 from .refine import LearnedLayer, RefinedModel, refine_layer, refine_model
+from .scratch import Scratch
 from .smooth import smooth_scales
 from .source import Source
 from .text import calibration_windows
 from .transforms import LayerTransforms, fold_layer
 from .vocabulary import Vocabulary, plain_vocabulary, served_vocabulary
-from .writer import DTYPES, CheckpointWriter
+from .writer import DTYPES, CheckpointWriter, largest_bytes
 
 Weights = dict[str, torch.Tensor]
 Progress = Callable[[int, int, str], None]
-CHUNK_TOKENS = 4096
+Announce = Callable[[Estimate], None]
 LINEARS_PER_LAYER = sum(len(names) for names in STAGES.values())
 
 
@@ -59,6 +62,8 @@ def calibrate(
     device: str = "auto",
     progress: Progress = lambda done, total, what: None,
     resume: bool = False,
+    scratch: Path | None = None,
+    announce: Announce = lambda estimate: None,
 ) -> Report:
     """Make a lowbit checkpoint.
 
@@ -72,6 +77,9 @@ def calibrate(
             that, where transforms are learned, with steps, their number and the loss.
         resume: go on with learning where an interrupted run left its state, in
             ``OUTPUT.snapshot``.
+        scratch: directory for hidden states and float weights, which then take disk
+            instead of memory; for ``device`` cpu. The checkpoint is the same.
+        announce: called with what the run will take, before it starts.
 
     Raises:
         LowbitError: before anything is written where that can be known; otherwise
@@ -95,7 +103,18 @@ def calibrate(
     windows = torch.cat((everything[:samples], everything[used:]))
     training = everything[:used]
     snapshot = Snapshot.of(output, recipe, resume)
-    run = Calibration(source, config, recipe, windows, training, device, progress)
+    place = _scratch(scratch, device)
+    run = Calibration(
+        source,
+        config,
+        recipe,
+        windows,
+        training,
+        device,
+        progress,
+        place,
+    )
+    run.check_resources(announce)
     with CheckpointWriter(output, run.specs()) as writer:
         run.learn(snapshot)
         losses = run.run(writer)
@@ -120,6 +139,18 @@ def choose_device(device: str) -> str:
         first = str(error).partition("\n")[0]
         raise ConfigError(f"--device {device}: {first}") from None
     return device
+
+
+def _scratch(directory: Path | None, device: str) -> Scratch:
+    if directory is None:
+        return Scratch()
+    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"scratch {directory}: not a directory that can be written")
+    if device != "cpu":
+        raise ConfigError(
+            f"scratch {directory}: files serve --device cpu only, got {device}"
+        )
+    return Scratch(directory)
 
 
 def _module(index: int) -> str:
@@ -151,7 +182,9 @@ class Calibration:
         training: torch.Tensor,
         device: str,
         progress: Progress,
+        scratch: Scratch,
     ) -> None:
+        self.scratch = scratch
         self.source, self.config, self.recipe = source, config, recipe
         self.shape, self.device = source.shape, device
         self.windows, self.training = windows, training
@@ -164,6 +197,7 @@ class Calibration:
         self.models = LayerModels(
             served=LlamaStages(hf_config, self.shape, served, device),
             plain=LlamaStages(hf_config, self.shape, rotated, device),
+            scratch=scratch,
         )
         self.progress = progress
         self.chunk = max(1, CHUNK_TOKENS // windows.shape[1])
@@ -202,6 +236,25 @@ class Calibration:
         for step, loss in curve:
             self.record.point("learn", step, loss)
 
+    def check_resources(self, announce: Announce) -> None:
+        """Say what the run will take.
+
+        Raises:
+            ConfigError: when this machine has not so much memory.
+        """
+        output = sum(map(largest_bytes, self.specs().values()))
+        estimator = Estimator(self.shape, self.recipe, len(self.windows), output)
+        speed = Speed.measure(self.device)
+        on_disk = estimator.estimate(speed, on_disk=True)
+        if self.scratch.directory is not None:
+            announce(on_disk)
+            on_disk.check(None)
+            return
+        in_memory = estimator.estimate(speed, on_disk=False)
+        announce(in_memory)
+        if self.device == "cpu":
+            in_memory.check(on_disk)
+
     def specs(self) -> dict[str, TensorSpec]:
         """What will be written, floats in the dtype of the base model."""
         specs = expected_tensors(self.shape, self.config)
@@ -220,12 +273,15 @@ class Calibration:
             CalibrationError: naming the layer whose output, or the training whose
                 loss, is not finite.
         """
-        plain = plain_vocabulary(self.source)
+        plain = plain_vocabulary(self.source, self.scratch)
         served = served_vocabulary(
-            writer.add, self.source, self.config.scheme, self.transforms.residual
+            writer.add,
+            self.source,
+            self.config.scheme,
+            self.transforms.residual,
+            self.scratch,
         )
-        x = served.embedding[self.windows].to(self.device)
-        y = plain.embedding[self.windows].to(self.device)
+        x, y = (self._embedded(v.embedding) for v in (served, plain))
         layers: list[tuple[QuantizedLayer, Weights]] = []
         for index in range(self.shape.num_layers):
             tensors = self.source.layer(index)
@@ -248,25 +304,38 @@ class Calibration:
             self._losses(slice(split, None), plain, y, served, x),
         )
 
+    def _embedded(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Hidden states of every window before the first layer."""
+        parts = (
+            embedding[ids].to(self.device) for ids in self.windows.split(self.chunk)
+        )
+        return self.scratch.collect(parts, len(self.windows))
+
     def _served_basis(self, y: torch.Tensor) -> torch.Tensor:
         """The float stream with the residual rotation."""
         residual = self.transforms.residual
-        return y if residual is None else residual.right(y)
+        if residual is None:
+            return y
+        parts = (residual.right(part) for part in y.split(self.chunk))
+        return self.scratch.collect(parts, len(y))
 
     def _plain_layer(
         self, index: int, tensors: Weights, y: torch.Tensor
     ) -> tuple[torch.Tensor, LayerTransforms]:
         """The float stream after a layer, and the transforms to fold into it."""
-        weights = {name: t.float().to(self.device) for name, t in tensors.items()}
+        weights = {
+            name: self.scratch.keep(t.float().to(self.device))
+            for name, t in tensors.items()
+        }
         power = InputPower()
         before = []
         for stage in RESIDUAL_STAGES:
             before.append(y)
-            parts = y.split(self.chunk)
-            updated = [
-                self.plain.update(stage, weights, part, power.add) for part in parts
-            ]
-            y = torch.cat(updated)
+            parts = (
+                self.plain.update(stage, weights, part, power.add)
+                for part in y.split(self.chunk)
+            )
+            y = self.scratch.collect(parts, len(y))
         transforms = self.transforms.layer(index)
         if self.recipe.transforms.equalize and not self.recipe.learns:
             out = weights["self_attn.o_proj.weight"]
@@ -311,13 +380,15 @@ class Calibration:
                 _module(index), on_device, residual, transforms, streams, training
             )
         exact = fold_layer(on_device, self.shape, residual, transforms)
-        folded = {name: tensor.float() for name, tensor in exact.items()}
+        floats = {
+            name: tensor.to(tensors[name].dtype)
+            for name, tensor in exact.items()
+            if tensor.dim() == 1
+        }
+        folded = {
+            name: self.scratch.keep(exact.pop(name).float()) for name in list(exact)
+        }
         if self.recipe.weights.method != "omniquant":
-            floats = {
-                name: tensor.to(tensors[name].dtype)
-                for name, tensor in exact.items()
-                if tensor.dim() == 1
-            }
             layer = self.quantizer.run(prefix, folded, floats, streams, starting)
         if self.recipe.refine.scope == "layer":
             block = Block(
@@ -376,7 +447,7 @@ class Calibration:
         )
         windows = self.training.to(self.device)
         refined = refine_model(model, windows, self.recipe, self.record, training)
-        x = served.embedding[self.windows].to(self.device)
+        x = self._embedded(served.embedding)
         y = self._served_basis(plain.embedding[self.windows[: self.chunk]])
         y = y.to(self.device)
         for index, (layer, (_, folded)) in enumerate(zip(refined, layers, strict=True)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One quantized matrix: making it, decoding it, and the tensors that hold it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,16 @@ class QuantizedMatrix:
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+
+    @classmethod
+    def stacked(cls, parts: Sequence["QuantizedMatrix"]) -> "QuantizedMatrix":
+        """Parts one below another, of one grid."""
+        return cls(
+            parts[0].grid,
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat([part.zero_point for part in parts]),
+        )
 
     def decoded(self) -> torch.Tensor:
         """The matrix as it will be served, float32 ``[n, k]``."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embedding, final norm and head: folded, quantized and written."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,15 @@ import torch
 from ..load_time import check_finite
 from ..lowbit_checkpoint import HEAD_SCALE, VOCABULARY
 from ..schema import Scheme
-from .quantize import Add, round_to_nearest
+from .quantize import Add, QuantizedMatrix, round_to_nearest
+from .scratch import Scratch
 from .source import Source
 from .transforms import Orthogonal, fold_embedding, fold_head
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
+# That are folded at a time, in float64.
+ROWS = 4096
+Fold = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,31 @@ class Vocabulary:
         )
 
 
-def plain_vocabulary(source: Source) -> Vocabulary:
+def plain_vocabulary(source: Source, scratch: Scratch | None = None) -> Vocabulary:
     """That of the float model.
 
     Raises:
         CheckpointError: naming a matrix that is not finite.
     """
-    embedding = head = source.tensor(f"{EMBEDDING}.weight").float()
-    check_finite(embedding, f"{EMBEDDING}.weight")
+    scratch = scratch or Scratch()
+
+    def matrix(name: str) -> torch.Tensor:
+        tensor = source.tensor(name)
+        check_finite(tensor, name)
+        return _as_float(tensor, scratch)
+
+    embedding = head = matrix(f"{EMBEDDING}.weight")
     if not source.shape.tie_word_embeddings:
-        head = source.tensor(f"{HEAD}.weight").float()
-        check_finite(head, f"{HEAD}.weight")
+        head = matrix(f"{HEAD}.weight")
     return Vocabulary(embedding, source.tensor(NORM).float(), head)
 
 
 def served_vocabulary(
-    add: Add, source: Source, scheme: Scheme, residual: Orthogonal | None
+    add: Add,
+    source: Source,
+    scheme: Scheme,
+    residual: Orthogonal | None,
+    scratch: Scratch,
 ) -> Vocabulary:
     """Fold, quantize and write it; returns it as it will be served.
 
@@ -62,28 +76,47 @@ def served_vocabulary(
     embedding = source.tensor(f"{EMBEDDING}.weight")
     stored_norm = norm if residual is None else torch.ones_like(norm)
     add(NORM, stored_norm)
+
+    def into_embedding(rows: torch.Tensor) -> torch.Tensor:
+        return fold_embedding(rows, residual)
+
+    def into_head(rows: torch.Tensor) -> torch.Tensor:
+        return rows if residual is None else fold_head(rows, norm, residual)
+
     if source.shape.tie_word_embeddings:
-        table = head = _store(add, EMBEDDING, embedding, embedding.dtype, scheme)
+        table = head = _store(add, EMBEDDING, embedding, None, scheme, scratch)
         if residual is not None:
             add(HEAD_SCALE, norm.float())
-            table = fold_embedding(table, residual).float()
-            head = fold_head(head, norm, residual).float()
+            table = _as_float(head, scratch, into_embedding)
+            head = _as_float(head, scratch, into_head)
         return Vocabulary(table, stored_norm.float(), head)
-    folded = fold_embedding(embedding, residual)
-    table = _store(add, EMBEDDING, folded, embedding.dtype, scheme)
+    table = _store(add, EMBEDDING, embedding, into_embedding, scheme, scratch)
     weight = source.tensor(f"{HEAD}.weight")
-    folded = weight if residual is None else fold_head(weight, norm, residual)
-    head = _store(add, HEAD, folded, weight.dtype, scheme)
+    head = _store(add, HEAD, weight, into_head, scheme, scratch)
     return Vocabulary(table, stored_norm.float(), head)
 
 
 def _store(
-    add: Add, name: str, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme
+    add: Add,
+    name: str,
+    weight: torch.Tensor,
+    fold: Fold | None,
+    scheme: Scheme,
+    scratch: Scratch,
 ) -> torch.Tensor:
+    rows = len(weight)
+    parts = (fold(part) if fold else part for part in weight.split(ROWS))
     if scheme.vocab_bits == 8:
-        quantized = round_to_nearest(weight, VOCABULARY)
-        quantized.write(add, name)
-        return quantized.decoded()
-    stored = weight.to(dtype)
+        quantized = [round_to_nearest(part, VOCABULARY) for part in parts]
+        QuantizedMatrix.stacked(quantized).write(add, name)
+        return scratch.collect((part.decoded() for part in quantized), rows)
+    stored = scratch.collect((part.to(weight.dtype) for part in parts), rows)
     add(f"{name}.weight", stored)
-    return stored.float()
+    return _as_float(stored, scratch)
+
+
+def _as_float(
+    weight: torch.Tensor, scratch: Scratch, fold: Fold | None = None
+) -> torch.Tensor:
+    parts = ((fold(p) if fold else p).float() for p in weight.split(ROWS))
+    return scratch.collect(parts, len(weight))

@@ -92,7 +92,7 @@ class CheckpointWriter:
         self.shards = _plan(specs, max_shard_bytes)
         self._pending: dict[str, dict[str, torch.Tensor]] = {}
         self._entries: dict[str, TensorEntry] = {}
-        needed = sum(_bytes(spec) for spec in specs.values())
+        needed = sum(largest_bytes(spec) for spec in specs.values())
         free = shutil.disk_usage(self.directory.parent).free
         if needed > free:
             raise OutputError(
@@ -183,7 +183,7 @@ class CheckpointWriter:
             raise ValueError(f"tensors were not written: {missing[:4]}")
         entries = {name: self._entries[name] for name in self.specs}
         if len(set(self.shards.values())) > 1:
-            total = sum(_bytes(spec) for spec in self.specs.values())
+            total = sum(largest_bytes(spec) for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": self.shards}
             self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
         if manifest:
@@ -208,7 +208,7 @@ def _plan(specs: Mapping[str, TensorSpec], max_bytes: int) -> dict[str, str]:
     numbers, filled = {}, 0
     number = 1
     for name, spec in specs.items():
-        size = _bytes(spec)
+        size = largest_bytes(spec)
         if filled and filled + size > max_bytes:
             number, filled = number + 1, 0
         numbers[name] = number
@@ -220,7 +220,8 @@ def _plan(specs: Mapping[str, TensorSpec], max_bytes: int) -> dict[str, str]:
     }
 
 
-def _bytes(spec: TensorSpec) -> int:
+def largest_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor, in the widest of its dtypes."""
     size = max(ITEM_BYTES[dtype] for dtype in spec.dtypes)
     for extent in spec.shape:
         size *= extent

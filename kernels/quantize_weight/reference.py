@@ -67,6 +67,15 @@ def best_clip(rows: torch.Tensor, grid: IntGrid) -> tuple[torch.Tensor, torch.Te
     Returns:
         scale float32 and zero_point int32, ``[rows, 1]``.
     """
+    step = max(1, _BLOCK_ELEMENTS // rows.shape[1])
+    parts = [_best_clip(part, grid) for part in rows.split(step)]
+    if len(parts) == 1:
+        return parts[0]
+    scales, zero_points = zip(*parts, strict=True)
+    return torch.cat(scales), torch.cat(zero_points)
+
+
+def _best_clip(rows: torch.Tensor, grid: IntGrid) -> tuple[torch.Tensor, torch.Tensor]:
     rows = rows.float()
     best_error = torch.full_like(rows[:, :1], torch.inf, dtype=torch.float64)
     best_ratio = torch.ones_like(rows[:, :1])

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_lowbit.calibrate.gptq import GPTQOptions, Hessian, gptq
+from vllm_lowbit.calibrate.gptq import Compensation, GPTQOptions, Hessian, gptq
 from vllm_lowbit.errors import CalibrationError
 from vllm_lowbit.kernels.grid import IntGrid, decode
 from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
@@ -29,6 +29,22 @@ def _hessian(x: torch.Tensor) -> torch.Tensor:
     hessian = Hessian(x.shape[1], x.device)
     hessian.add(x)
     return hessian.sum
+
+
+def _gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: IntGrid,
+    group_size: int | None,
+    options: GPTQOptions,
+    name: str = "w",
+    drift: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From sums, which are kept."""
+    sums = Hessian(len(hessian), hessian.device)
+    sums.sum, sums.drift = hessian.clone(), None if drift is None else drift.clone()
+    compensation = Compensation.of(sums, options, name)
+    return gptq(weight, compensation, grid, group_size, options.block_size)
 
 
 def _decoded(
@@ -65,7 +81,7 @@ def test_equals_optimal_brain_quantization(
 ) -> None:
     x, weight, grid = _inputs(300, 96), _weight(20, 96), IntGrid(4, symmetric)
     options = GPTQOptions(DAMPING, block_size)
-    codes, _, _ = gptq(weight, _hessian(x), grid, group_size, options, "w")
+    codes, _, _ = _gptq(weight, _hessian(x), grid, group_size, options)
     expected = _by_definition(weight, _hessian(x), grid, group_size)
     # float32 updates may round a tie the other way, which moves later codes.
     assert (codes != expected).float().mean() < 0.005
@@ -117,7 +133,7 @@ def test_drift_is_handed_on_by_least_squares(
     plain, hessian = _drifted(x), Hessian(64, x.device)
     hessian.add(x, plain)
     options = GPTQOptions(DAMPING, block_size, correction=correction)
-    codes, _, _ = gptq(weight, hessian.sum, grid, None, options, "w", hessian.drift)
+    codes, _, _ = _gptq(weight, hessian.sum, grid, None, options, "w", hessian.drift)
     expected = _asymmetric_by_definition(weight, x, plain, grid, correction)
     assert (codes != expected).float().mean() < 0.01
 
@@ -131,7 +147,7 @@ def test_float_outputs_are_met_better_than_without_the_drift(act_order: bool) ->
     options = GPTQOptions(DAMPING, act_order=act_order, correction=1.0)
 
     def error(drift: torch.Tensor | None) -> float:
-        done = gptq(weight, hessian.sum, grid, None, options, "w", drift)
+        done = _gptq(weight, hessian.sum, grid, None, options, "w", drift)
         return float((x @ _decoded(*done).t() - plain @ weight.t()).square().mean())
 
     assert error(hessian.drift) < 0.75 * error(None)
@@ -141,9 +157,9 @@ def test_inputs_without_drift_make_it_gptq() -> None:
     x, weight, grid = _inputs(300, 64), _weight(10, 64), IntGrid(3, symmetric=False)
     hessian = Hessian(64, x.device)
     hessian.add(x, x)
-    done = gptq(weight, hessian.sum, grid, 32, GPTQOptions(), "w", hessian.drift)
+    done = _gptq(weight, hessian.sum, grid, 32, GPTQOptions(), "w", hessian.drift)
     for ours, expected in zip(
-        done, gptq(weight, hessian.sum, grid, 32, GPTQOptions(), "w"), strict=True
+        done, _gptq(weight, hessian.sum, grid, 32, GPTQOptions()), strict=True
     ):
         assert torch.equal(ours, expected)
 
@@ -158,7 +174,7 @@ def test_outputs_change_less_than_by_rounding(bits: int, act_order: bool) -> Non
         return float((x @ (_decoded(*done) - weight).t()).square().mean())
 
     options = GPTQOptions(DAMPING, act_order=act_order)
-    ours = error(gptq(weight, _hessian(x), grid, None, options, "w"))
+    ours = error(_gptq(weight, _hessian(x), grid, None, options))
     assert ours < 0.75 * error(quantize_weight(weight, grid, None))
 
 
@@ -166,10 +182,10 @@ def test_order_of_columns_only_changes_when_they_are_rounded() -> None:
     x, weight, grid = _inputs(300, 64), _weight(10, 64), IntGrid(4)
     hessian = _hessian(x)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    in_order = gptq(
+    in_order = _gptq(
         weight[:, order], hessian[order][:, order], grid, None, GPTQOptions(), "w"
     )
-    by_option = gptq(weight, hessian, grid, None, GPTQOptions(act_order=True), "w")
+    by_option = _gptq(weight, hessian, grid, None, GPTQOptions(act_order=True))
     assert torch.equal(by_option[0][:, order], in_order[0])
     assert torch.equal(by_option[1], in_order[1])
 
@@ -178,7 +194,7 @@ def test_order_of_columns_only_changes_when_they_are_rounded() -> None:
 def test_uncorrelated_inputs_are_rounded_to_nearest(group_size: int | None) -> None:
     weight, grid = _weight(9, 48), IntGrid(4, symmetric=False)
     hessian = torch.diag(torch.rand(48, dtype=torch.float64) + 0.5)
-    done = gptq(weight, hessian, grid, group_size, GPTQOptions(), "w")
+    done = _gptq(weight, hessian, grid, group_size, GPTQOptions())
     for ours, expected in zip(
         done, quantize_weight(weight, grid, group_size), strict=True
     ):
@@ -188,7 +204,7 @@ def test_uncorrelated_inputs_are_rounded_to_nearest(group_size: int | None) -> N
 def test_inputs_that_are_always_zero_are_rounded_on_their_own() -> None:
     x, weight, grid = _inputs(200, 32), _weight(8, 32), IntGrid(4)
     x[:, 5] = 0
-    codes, _, _ = gptq(weight, _hessian(x), grid, None, GPTQOptions(), "w")
+    codes, _, _ = _gptq(weight, _hessian(x), grid, None, GPTQOptions())
     expected, _, _ = quantize_weight(weight, grid, None)
     assert torch.equal(codes[:, 5], expected[:, 5])
     assert not torch.equal(codes, expected)
@@ -208,10 +224,10 @@ def test_non_finite_inputs_are_refused_by_name(bad: float) -> None:
     hessian = torch.eye(4, dtype=torch.float64)
     hessian[1, 2] = bad
     with pytest.raises(CalibrationError, match=r"linear q_proj: .* Inf or NaN"):
-        gptq(_weight(2, 4), hessian, IntGrid(4), None, GPTQOptions(), "q_proj")
+        _gptq(_weight(2, 4), hessian, IntGrid(4), None, GPTQOptions(), "q_proj")
 
 
 def test_indefinite_hessian_is_refused_by_name() -> None:
     hessian = torch.tensor([[1.0, 5.0], [5.0, 1.0]], dtype=torch.float64)
     with pytest.raises(CalibrationError, match=r"linear o_proj: .*weights\.damping"):
-        gptq(_weight(2, 2), hessian, IntGrid(4), None, GPTQOptions(), "o_proj")
+        _gptq(_weight(2, 2), hessian, IntGrid(4), None, GPTQOptions(), "o_proj")

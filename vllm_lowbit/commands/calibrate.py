@@ -61,6 +61,13 @@ def calibrate(
             "--resume", help="Go on with learning from OUT.snapshot, to the same bytes."
         ),
     ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep hidden states and float weights in files there, not in memory.",
+        ),
+    ] = None,
 ) -> None:
     """Make a lowbit checkpoint that `vllm serve OUT` recognises by itself."""
     from ..calibrate.learn.snapshot import snapshot_path
@@ -72,7 +79,17 @@ def calibrate(
     text = data or default_text()
     try:
         with redirect_stdout(sys.stderr), progress_bar("calibrating") as progress:
-            report = calibrate(model, output, chosen, text, device, progress, resume)
+            report = calibrate(
+                model,
+                output,
+                chosen,
+                text,
+                device,
+                progress,
+                resume,
+                scratch,
+                lambda estimate: print(estimate, flush=True),
+            )
     except KeyboardInterrupt:
         kept = snapshot_path(output)
         if not kept.exists():
