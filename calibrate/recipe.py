@@ -127,7 +127,7 @@ class Recipe(StrictModel):
 
         At 7 billion parameters and above the published 100 steps of 32 x 2048 tokens;
         below, tokens by the square root of the size, at least 2048, and more steps, at
-        most 500: a small model can afford them.
+        most 200: a small model can afford them.
         """
         if not self.learns:
             return self
@@ -136,7 +136,7 @@ class Recipe(StrictModel):
         learn = self.learn
         filled = learn.model_copy(
             update={
-                "steps": learn.steps or min(500, max(100, round(100 * size**-0.2))),
+                "steps": learn.steps or min(200, max(100, round(100 * size**-0.2))),
                 "tokens_per_step": learn.tokens_per_step
                 or int(min(65536, max(2048, tokens))),
             }

@@ -72,6 +72,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "loss mse": {"learn.loss": "mse", **_NO_TOP},
     "loss cross-entropy": {"learn.loss": "cross_entropy", **_NO_TOP},
     "loss kl-top renormalised": {"learn.renormalise": True},
+    "weights in float while learning": {"learn.quantize_weights": False},
     "without GPTQ": {"weights": {"method": "rtn"}},
 }
 
