@@ -9,9 +9,9 @@ import torch
 from ..kernels.grid import IntGrid
 from ..schema import Scheme
 from .gptq import GPTQOptions, Hessian, gptq
-from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
 from .quantize import Add, QuantizedMatrix, round_to_nearest
 from .recipe_sections import WeightMethod
+from .stages import RESIDUAL_STAGES, STAGES, DecoderStages
 
 Tensors = dict[str, torch.Tensor]
 
@@ -65,8 +65,8 @@ class LayerModels:
         plain: with the rotations alone.
     """
 
-    served: LlamaStages
-    plain: LlamaStages
+    served: DecoderStages
+    plain: DecoderStages
 
     def advance(
         self, layer: QuantizedLayer, x: torch.Tensor, chunk: int
@@ -177,7 +177,7 @@ class StageQuantizer:
         return QuantizedLayer(linears, floats)
 
     def _updated(
-        self, model: LlamaStages, weights: Tensors, x: torch.Tensor
+        self, model: DecoderStages, weights: Tensors, x: torch.Tensor
     ) -> torch.Tensor:
         """The stream between attention and MLP."""
         parts = [model.update("o_input", weights, p) for p in x.split(self.chunk)]
