@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import TensorSpec, open_shard
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..inspection import read_checkpoint
@@ -41,7 +41,7 @@ class LowbitSource:
     """
 
     directory: Path
-    shape: LlamaShape
+    shape: ModelShape
     config: LowbitConfig
     stored: Mapping[str, TensorEntry]
 
@@ -90,6 +90,12 @@ def export(
     config_file = str(checkpoint / "config.json")
     check_rotations(shape, config, config_file)
     refuse_what_differs(config, config_file)
+    if shape.architecture.fused:
+        raise UnsupportedError(
+            f"{config_file}: {shape.architecture.name} cannot be exported: other tools "
+            "expect its stacked linears, and this checkpoint holds each by itself; "
+            "supported: architectures without stacked linears"
+        )
     check_output(output)
     _refuse_damage(checkpoint, shape, config, progress)
     stored = read_manifest(checkpoint).tensors
@@ -108,7 +114,7 @@ def export(
 
 
 def _refuse_damage(
-    checkpoint: Path, shape: LlamaShape, config: LowbitConfig, progress: Progress
+    checkpoint: Path, shape: ModelShape, config: LowbitConfig, progress: Progress
 ) -> None:
     def update(done: int, total: int) -> None:
         progress(done, total, "verifying")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import safetensors_files
 from ..kernels.grid import IntGrid
 from ..kernels.hadamard.signs import random_signs
@@ -171,7 +171,7 @@ class WeightReader:
     def __init__(
         self,
         directory: Path,
-        shape: LlamaShape,
+        shape: ModelShape,
         config: LowbitConfig | None,
         stored: LowbitConfig | ForeignFormat | None,
         dtype: torch.dtype,
@@ -183,6 +183,19 @@ class WeightReader:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     self._tensors[name] = file.get_tensor(name)
+        if stored is None:
+            self._split()
+
+    def _split(self) -> None:
+        """Give each linear that the files stack with others its own tensor."""
+        fused = {}
+        for name in self._shape.tensors():
+            file_name, rows = self._shape.in_plain(name)
+            if file_name != name:
+                fused[file_name] = self._tensors[file_name]
+                self._tensors[name] = fused[file_name][rows]
+        for name in fused:
+            del self._tensors[name]
 
     def norms(self) -> dict[str, torch.Tensor]:
         """Weights of the norms, float32 ``[hidden]``, by the tensor's name."""
@@ -264,7 +277,10 @@ class WeightReader:
         around = [rotations_of(self._config.rotations, part) for part in FUSED[name]]
         weights = self._config.scheme.weights
         quantized = quantize_linear(torch.cat(stack), sizes, around, weights)
-        return quantized, None if bias is None else fold_bias(bias, sizes, around)
+        if bias is not None:
+            # The server has it in its dtype, before and after.
+            bias = fold_bias(bias.to(self._dtype), sizes, around).float()
+        return quantized, bias
 
     def _read(self, block: str, name: str) -> QuantizedWeight:
         assert self._config is not None

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import check_plain_checkpoint, safetensors_files
 from ..errors import ConfigError
 from ..lowbit_checkpoint import read_config
@@ -41,7 +41,7 @@ class Source:
     directory: Path
     name: str
     revision: str | None
-    shape: LlamaShape
+    shape: ModelShape
     files: dict[str, Path]
 
     @classmethod
@@ -64,7 +64,7 @@ class Source:
                 f"{source}: the checkpoint is already quantized by 'lowbit'; calibrate "
                 "its base model"
             )
-        shape = LlamaShape.from_config(config, source)
+        shape = ModelShape.from_config(config, source)
         check_plain_checkpoint(str(directory), shape)
         files: dict[str, Path] = {}
         for path in safetensors_files(directory):
@@ -82,9 +82,16 @@ class Source:
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, read now."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        """One tensor of the model, read now.
+
+        Args:
+            name: one of ``shape.tensors()``, which may be some rows of one in a file.
+        """
+        file_name, rows = self.shape.in_plain(name)
+        with safe_open(self.files[file_name], framework="pt") as file:
+            if file_name == name:
+                return file.get_tensor(name)
+            return file.get_slice(file_name)[rows]
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Tensors of a decoder layer, by name after ``model.layers.N.``."""

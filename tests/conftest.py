@@ -32,15 +32,18 @@ settings.load_profile("lowbit")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _tiny_llama(
+def _tiny_model(
     directory: Path,
     shards: int = 1,
     dtype: str = "bfloat16",
     tokenizer: bool = False,
+    architecture: str = "LlamaForCausalLM",
     **config: Any,
 ) -> Path:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
+
+    model_class = getattr(transformers, architecture)
 
     sizes = {
         "hidden_size": 128,
@@ -51,14 +54,15 @@ def _tiny_llama(
         "head_dim": 64,
         "vocab_size": 4096 if tokenizer else 256,
         "max_position_embeddings": 256,
+        "pad_token_id": None,
         "tie_word_embeddings": False,
     }
-    hf_config = LlamaConfig(
-        architectures=["LlamaForCausalLM"], dtype=dtype, **{**sizes, **config}
+    hf_config = model_class.config_class(
+        architectures=[architecture], dtype=dtype, **{**sizes, **config}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(hf_config).to(getattr(torch, dtype))
+        model = model_class(hf_config).to(getattr(torch, dtype))
     state = {name: t.contiguous() for name, t in model.state_dict().items()}
     if hf_config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -91,13 +95,14 @@ def _save(directory: Path, tensors: dict[str, Any], shards: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama() -> Callable[..., Path]:
-    """Writes a random Llama checkpoint: ``tiny_llama(directory, shards=2, **config)``.
+def tiny_model() -> Callable[..., Path]:
+    """Writes a random checkpoint: ``tiny_model(directory, shards=2, **config)``.
 
-    Other arguments: ``dtype``, and ``tokenizer=True`` to make it servable. Returns
-    the directory. Weights are the same in every call with the same sizes.
+    Of a Llama, or of ``architecture="Qwen2ForCausalLM"``. Other arguments: ``dtype``,
+    and ``tokenizer=True`` to make it servable. Returns the directory. Weights are the
+    same in every call with the same sizes.
     """
-    return _tiny_llama
+    return _tiny_model
 
 
 def _rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -216,7 +221,7 @@ def _lowbit_checkpoint(
 ) -> Path:
     from safetensors.torch import load_file, save_file
 
-    from vllm_lowbit.architecture import LlamaShape
+    from vllm_lowbit.architecture import ModelShape
     from vllm_lowbit.schema import LowbitConfig, scheme_from_name
 
     if isinstance(scheme, str):
@@ -224,11 +229,16 @@ def _lowbit_checkpoint(
     quantization = {"scheme": scheme, "rotations": rotations}
     config = LowbitConfig.parse(quantization, "lowbit_checkpoint")
     hf_config = json.loads((Path(source) / "config.json").read_text())
-    shape = LlamaShape.from_config(hf_config, "config.json")
+    shape = ModelShape.from_config(hf_config, "config.json")
     plain = load_file(Path(source) / "model.safetensors")
+    dtypes = {name: tensor.dtype for name, tensor in plain.items()}
+    if shape.architecture.fused:
+        of = {name: shape.in_plain(name) for name in shape.tensors()}
+        dtypes = {name: plain[file_name].dtype for name, (file_name, _) in of.items()}
+        plain = {name: plain[file_name][rows] for name, (file_name, rows) in of.items()}
     floats = {name: tensor.float() for name, tensor in plain.items()}
     tensors = {
-        name: tensor.to(plain[name].dtype if name in plain else tensor.dtype)
+        name: tensor.to(dtypes.get(name, tensor.dtype))
         for name, tensor in _round_to_nearest(floats, shape, config)
     }
     directory.mkdir(parents=True, exist_ok=True)

@@ -12,15 +12,21 @@ from vllm_lowbit.architecture import (
     MAX_LAYERS,
     MAX_SIZE,
     MIN_BLOCK,
-    LlamaShape,
+    ModelShape,
     check_scheme,
     flag_only_rotations,
 )
 from vllm_lowbit.errors import UnsupportedError
 from vllm_lowbit.kernels.hadamard.matrices import exists
 from vllm_lowbit.schema import DEFAULT_SCHEME, Rotation, scheme_from_name
+from vllm_lowbit.supported_models import ARCHITECTURES
 
 W4A4KV4 = scheme_from_name(DEFAULT_SCHEME)
+QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
+PHI3 = {"architectures": ["Phi3ForCausalLM"]}
 
 
 def config(**keys: Any) -> dict[str, Any]:
@@ -37,14 +43,14 @@ def config(**keys: Any) -> dict[str, Any]:
     return {k: v for k, v in {**base, **keys}.items() if v is not None}
 
 
-def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> LlamaShape:
+def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> ModelShape:
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
     }
-    return LlamaShape.from_config(config(**{**sizes, **keys}), "config.json")
+    return ModelShape.from_config(config(**{**sizes, **keys}), "config.json")
 
 
 @pytest.mark.parametrize(
@@ -55,17 +61,59 @@ def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> LlamaShape
         ({"num_key_value_heads": 4}, {"num_kv_heads": 4}),
         ({"num_key_value_heads": 1}, {"num_kv_heads": 1}),
         ({"head_dim": 128}, {"head_dim": 128, "hidden_size": 256, "num_heads": 4}),
-        ({"attention_bias": True}, {"attention_bias": True, "mlp_bias": False}),
-        ({"mlp_bias": True}, {"attention_bias": False, "mlp_bias": True}),
+        ({"attention_bias": True}, {"biases": QKV | {"self_attn.o_proj"}}),
+        (
+            {"mlp_bias": True},
+            {"biases": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}},
+        ),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
+        ({**QWEN2}, {"biases": QKV, "sliding_window": None}),
+        ({**QWEN2, "sliding_window": 64}, {"sliding_window": None}),
+        ({**MISTRAL, "sliding_window": 64}, {"sliding_window": 64, "biases": set()}),
+        ({**QWEN3, "head_dim": 32}, {"head_dim": 32, "biases": set()}),
     ],
-    ids=["gqa", "mha-default", "mha", "mqa", "head-dim", "qkvo-bias", "bias", "tied"],
 )
 def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
-    found = dataclasses.asdict(LlamaShape.from_config(config(**keys), "config.json"))
-    assert expected.items() <= found.items()
-    assert (found["intermediate_size"], found["num_layers"]) == (768, 2)
-    assert found["vocab_size"] == 1000
+    found = ModelShape.from_config(config(**keys), "config.json")
+    for name, value in expected.items():
+        assert getattr(found, name) == value
+    assert (found.intermediate_size, found.num_layers) == (768, 2)
+    assert found.vocab_size == 1000
+
+
+NOT_NULL = {  # transformers' config class refuses these
+    ("MistralForCausalLM", "num_key_value_heads"),
+    ("Qwen3ForCausalLM", "head_dim"),
+    ("Phi3ForCausalLM", "head_dim"),
+}
+LEFT_OUT = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped", "how"),
+    [
+        (name, dropped, how)
+        for name in ARCHITECTURES
+        for dropped in LEFT_OUT
+        for how in ("missing", "null")
+        if how == "missing" or (name, dropped) not in NOT_NULL
+    ],
+)
+def test_keys_left_out_mean_what_they_mean_to_transformers(
+    name: str, dropped: str, how: str
+) -> None:
+    """Whether config.json or transformers' config is read."""
+    transformers = pytest.importorskip("transformers")
+    keys = {**config(), "num_attention_heads": 32, "hidden_size": 1024}
+    if name != "Qwen2ForCausalLM":
+        keys["head_dim"] = 64
+    keys["architectures"] = [name]
+    keys.pop(dropped, None)
+    if how == "null":
+        keys[dropped] = None
+    config_class = getattr(transformers, name).config_class
+    expected = ModelShape.from_config(config_class(**keys).to_dict(), "config.json")
+    assert ModelShape.from_config(keys, "config.json") == expected
 
 
 @pytest.mark.parametrize(
@@ -76,6 +124,7 @@ def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
         ["GPT2LMHeadModel"],
         ["LlamaForSequenceClassification"],
         ["Qwen2ForCausalLM", "LlamaForCausalLM"],
+        ["Qwen2MoeForCausalLM"],
         "LlamaForCausalLM",
         5,
         True,
@@ -85,10 +134,11 @@ def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
 )
 def test_other_architectures(architectures: object) -> None:
     with pytest.raises(UnsupportedError) as error:
-        LlamaShape.from_config(config(architectures=architectures), "m/config.json")
+        ModelShape.from_config(config(architectures=architectures), "m/config.json")
     assert str(error.value) == (
         f"m/config.json: architectures {architectures!r} is not supported; "
-        "supported: LlamaForCausalLM"
+        "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
+        "Qwen3ForCausalLM, Phi3ForCausalLM"
     )
 
 
@@ -107,7 +157,7 @@ SIZES = (
 @pytest.mark.parametrize("value", [0, -1, True, 64.0, "64", [64], {}, 1 << 60])
 def test_impossible_size(key: str, value: object) -> None:
     with pytest.raises(UnsupportedError) as error:
-        LlamaShape.from_config(config(**{key: value}), "m/config.json")
+        ModelShape.from_config(config(**{key: value}), "m/config.json")
     largest = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
     assert str(error.value) == (
         f"m/config.json: {key} must be an integer from 1 to {largest}, got {value!r}"
@@ -119,26 +169,35 @@ def test_impossible_size(key: str, value: object) -> None:
 )
 def test_missing_size(key: str) -> None:
     with pytest.raises(UnsupportedError, match=f"config.json: {key} must be .*None"):
-        LlamaShape.from_config(config(**{key: None}), "config.json")
+        ModelShape.from_config(config(**{key: None}), "config.json")
 
 
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "tie_word_embeddings"])
 @pytest.mark.parametrize("value", ["false", 1, 0.0, []])
 def test_flag_is_a_boolean(key: str, value: object) -> None:
     with pytest.raises(UnsupportedError) as error:
-        LlamaShape.from_config(config(**{key: value}), "config.json")
+        ModelShape.from_config(config(**{key: value}), "config.json")
     message = f"config.json: {key} must be true or false, got {value!r}"
     assert str(error.value) == message
 
 
 def test_kv_heads_must_divide_heads() -> None:
     with pytest.raises(UnsupportedError) as error:
-        LlamaShape.from_config(config(num_key_value_heads=3), "config.json")
+        ModelShape.from_config(config(num_key_value_heads=3), "config.json")
     assert "num_attention_heads 4 is not a multiple of num_key_value_heads 3" in str(
         error.value
     )
 
 
+OTHER_KEYS = (
+    "mlp_bias",
+    "architectures",
+    "model_type",
+    "sliding_window",
+    "layer_types",
+    "rope_scaling",
+    "rope_theta",
+)
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
@@ -147,6 +206,10 @@ JUNK = st.one_of(
     st.floats(),
     st.text(max_size=5),
     st.lists(st.integers(), max_size=2),
+    st.dictionaries(
+        st.sampled_from(["rope_type", "type", "factor", "truncate"]),
+        st.one_of(st.integers(), st.floats(), st.sampled_from(["yarn", "linear"])),
+    ),
 )
 
 
@@ -154,11 +217,11 @@ JUNK = st.one_of(
 @example({"head_dim": 1})
 @example({"head_dim": MAX_SIZE})
 @example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1})
-@given(st.dictionaries(st.sampled_from([*SIZES, "mlp_bias", "architectures"]), JUNK))
+@given(st.dictionaries(st.sampled_from([*SIZES, *OTHER_KEYS]), JUNK))
 def test_any_config_is_read_or_refused(keys: dict[str, Any]) -> None:
     """Also whatever follows from it: bounded work, errors of one kind."""
     try:
-        read = LlamaShape.from_config({**config(), **keys}, "config.json")
+        read = ModelShape.from_config({**config(), **keys}, "config.json")
         check_scheme(read, W4A4KV4, "config.json")
         rotations = flag_only_rotations(read, W4A4KV4, "config.json")
     except UnsupportedError as error:
@@ -195,21 +258,29 @@ def test_largest_sizes_take_bounded_time_and_memory() -> None:
         {"attention_bias": True},
         {"mlp_bias": True, "num_hidden_layers": 1},
         {"tie_word_embeddings": True},
+        MISTRAL,
+        QWEN2,
+        {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        QWEN3,
+        {**QWEN3, "head_dim": 32, "tie_word_embeddings": True},
+        {**PHI3, "pad_token_id": None},
+        {**PHI3, "pad_token_id": None, "num_key_value_heads": 1, "head_dim": 32},
     ],
-    ids=["gqa", "mha", "mqa", "head-dim", "attention-bias", "mlp-bias", "tied"],
 )
 def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    hf_config = transformers.LlamaConfig(**{**config(), **keys})
+    keys = {**config(), **keys}
+    model_class = getattr(transformers, keys["architectures"][0])
+    hf_config = model_class.config_class(**keys)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(hf_config)
+        model = model_class(hf_config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if keys.get("tie_word_embeddings"):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         del expected["lm_head.weight"]
-    read = LlamaShape.from_config(hf_config.to_dict(), "config.json")
-    assert read.tensors() == expected
+    read = ModelShape.from_config(hf_config.to_dict(), "config.json")
+    assert read.plain_tensors() == expected
 
 
 # name: hidden, intermediate, heads, head_dim, largest tensor parallel size
@@ -223,11 +294,18 @@ MODELS = {
     "TinyLlama-1.1B": (2048, 5632, 32, 64, 8),
     "SmolLM-135M": (576, 1536, 9, 64, 1),
     "SmolLM-360M": (960, 2560, 15, 64, 1),
+    "Mistral-Nemo": (5120, 14336, 32, 128, 8),
+    "Qwen2.5-0.5B": (896, 4864, 14, 64, 1),
+    "Qwen2.5-7B": (3584, 18944, 28, 128, 1),
+    "Qwen3-0.6B": (1024, 3072, 16, 128, 8),
+    "Qwen3-32B": (5120, 25600, 64, 128, 8),
+    "Phi-3-mini": (3072, 8192, 32, 96, 8),
+    "Phi-4": (5120, 17920, 40, 128, 2),
     "ref-7m": (256, 768, 4, 64, 2),
 }
 
 
-def check_placement(read: LlamaShape, rotations: Any) -> None:
+def check_placement(read: ModelShape, rotations: Any) -> None:
     """Every block divides what it transforms, also on each shard it allows."""
     hidden, heads = read.hidden_size, read.num_heads * read.head_dim
     intermediate = read.intermediate_size
@@ -322,7 +400,7 @@ def test_head_dim_without_a_hadamard_matrix() -> None:
     ],
 )
 def test_group_size_must_divide_every_input(keys: dict[str, int], named: str) -> None:
-    read = LlamaShape.from_config(config(**{"head_dim": 64, **keys}), "config.json")
+    read = ModelShape.from_config(config(**{"head_dim": 64, **keys}), "config.json")
     check_scheme(read, scheme_from_name("w4a16-g64"), "config.json")
     message = f"group_size 128 does not divide {named}$"
     with pytest.raises(UnsupportedError, match=message):

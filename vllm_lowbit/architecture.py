@@ -12,18 +12,25 @@ from .errors import UnsupportedError
 from .kernels.hadamard.matrices import exists, largest_order
 from .kernels.kv4_store.layout import HEAD_DIMS
 from .schema import Rotation, Rotations, Scheme
+from .supported_models import LLAMA, Architecture, architecture_of
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 MIN_BLOCK = 16
 # Tensor parallel sizes that one model may be served with, largest first.
 PARALLEL_SIZES = (8, 4, 2, 1)
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1 << 12
+MAX_WINDOW = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
-class LlamaShape:
-    """Sizes of a Llama-architecture model, in elements."""
+class ModelShape:
+    """Sizes of a model, in elements, and what its architecture adds to them.
+
+    Attributes:
+        biases: linears that have one, by name after ``model.layers.N.``.
+        sliding_window: tokens that a token attends to, itself included; None for all.
+        architecture: in what it differs from others.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -32,12 +39,13 @@ class LlamaShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    attention_bias: bool
-    mlp_bias: bool
     tie_word_embeddings: bool
+    biases: frozenset[str] = frozenset()
+    sliding_window: int | None = None
+    architecture: Architecture = LLAMA
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], source: str) -> "LlamaShape":
+    def from_config(cls, config: Mapping[str, Any], source: str) -> "ModelShape":
         """Read the sizes from a Hugging Face config.
 
         Args:
@@ -45,18 +53,14 @@ class LlamaShape:
             source: file named in errors.
 
         Raises:
-            UnsupportedError: for another architecture, or sizes that cannot be.
+            UnsupportedError: for another architecture, sizes that cannot be, or a key
+                that asks for what is not computed.
         """
-        architectures = config.get("architectures")
-        if architectures not in [[name] for name in SUPPORTED_ARCHITECTURES]:
-            raise UnsupportedError(
-                f"{source}: architectures {architectures!r} is not supported; "
-                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
+        architecture = architecture_of(config, source)
 
-        def size(key: str, default: int | None = None, largest: int = MAX_SIZE) -> int:
-            value = config.get(key)
-            value = default if value is None else value
+        def size(key: str, derived: int | None = None, largest: int = MAX_SIZE) -> int:
+            value = config.get(key, architecture.defaults.get(key))
+            value = derived if value is None else value
             if type(value) is not int or not 0 < value <= largest:
                 raise UnsupportedError(
                     f"{source}: {key} must be an integer from 1 to {largest}, got "
@@ -85,6 +89,20 @@ class LlamaShape:
                 f"{source}: num_attention_heads {heads} * head_dim {head_dim} is "
                 f"larger than {MAX_SIZE}"
             )
+        if architecture.whole_heads and heads * head_dim != hidden:
+            raise UnsupportedError(
+                f"{source}: head_dim {head_dim} is not supported with "
+                f"{architecture.name}; supported: hidden_size {hidden} / "
+                f"num_attention_heads {heads}"
+            )
+        window = None
+        given = config.get(
+            "sliding_window", architecture.defaults.get("sliding_window")
+        )
+        if architecture.window == "every layer" and given is not None:
+            window = size("sliding_window", largest=MAX_WINDOW)
+        keys = [key for key in architecture.bias_keys if flag(key)]
+        biased = [name for key in keys for name in architecture.bias_keys[key]]
         return cls(
             hidden_size=hidden,
             intermediate_size=size("intermediate_size"),
@@ -93,24 +111,15 @@ class LlamaShape:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=size("vocab_size"),
-            attention_bias=flag("attention_bias"),
-            mlp_bias=flag("mlp_bias"),
             tie_word_embeddings=flag("tie_word_embeddings"),
+            biases=frozenset((*architecture.biases, *biased)),
+            sliding_window=window,
+            architecture=architecture,
         )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor a checkpoint of this model must hold."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        hidden, intermediate = self.hidden_size, self.intermediate_size
-        linears = {
-            "self_attn.q_proj": (q, hidden, self.attention_bias),
-            "self_attn.k_proj": (kv, hidden, self.attention_bias),
-            "self_attn.v_proj": (kv, hidden, self.attention_bias),
-            "self_attn.o_proj": (hidden, q, self.attention_bias),
-            "mlp.gate_proj": (intermediate, hidden, self.mlp_bias),
-            "mlp.up_proj": (intermediate, hidden, self.mlp_bias),
-            "mlp.down_proj": (hidden, intermediate, self.mlp_bias),
-        }
+        """Name and shape of every tensor of the model, no two of them stacked."""
+        hidden = self.hidden_size
         names: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, hidden),
             "model.norm.weight": (hidden,),
@@ -121,14 +130,61 @@ class LlamaShape:
             prefix = f"model.layers.{layer}."
             names[prefix + "input_layernorm.weight"] = (hidden,)
             names[prefix + "post_attention_layernorm.weight"] = (hidden,)
-            for name, (n, k, bias) in linears.items():
+            for name, (n, k) in self._linears().items():
                 names[f"{prefix}{name}.weight"] = (n, k)
-                if bias:
+                if name in self.biases:
                     names[f"{prefix}{name}.bias"] = (n,)
+            if self.architecture.qk_norm:
+                names[prefix + "self_attn.q_norm.weight"] = (self.head_dim,)
+                names[prefix + "self_attn.k_norm.weight"] = (self.head_dim,)
         return names
 
+    def plain_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor a plain checkpoint must hold."""
+        names: dict[str, tuple[int, ...]] = {}
+        for name, size in self.tensors().items():
+            file_name, rows = self.in_plain(name)
+            if file_name == name:
+                names[name] = size
+            else:
+                names[file_name] = (rows.stop, *size[1:])
+        return names
 
-def check_scheme(shape: LlamaShape, scheme: Scheme, source: str) -> None:
+    def in_plain(self, name: str) -> tuple[str, slice]:
+        """Tensor of a plain checkpoint that holds one of the model, and its rows.
+
+        Args:
+            name: one of :meth:`tensors`.
+        """
+        module, _, kind = name.rpartition(".")
+        for fused, parts in self.architecture.fused.items():
+            for index, part in enumerate(parts):
+                if not module.endswith(f".{part}"):
+                    continue
+                start = sum(self._rows(other) for other in parts[:index])
+                rows = slice(start, start + self._rows(part))
+                return f"{module.removesuffix(part)}{fused}.{kind}", rows
+        return name, slice(None)
+
+    def _rows(self, linear: str) -> int:
+        return self._linears()[linear][0]
+
+    def _linears(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the linears of a layer."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        return {
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "mlp.down_proj": (hidden, intermediate),
+        }
+
+
+def check_scheme(shape: ModelShape, scheme: Scheme, source: str) -> None:
     """Raise UnsupportedError where the scheme does not fit the model's sizes."""
     group_size = scheme.weights.group_size
     if shape.head_dim < 2 or not exists(shape.head_dim):
@@ -153,7 +209,7 @@ def check_scheme(shape: LlamaShape, scheme: Scheme, source: str) -> None:
             )
 
 
-def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotations:
+def flag_only_rotations(shape: ModelShape, scheme: Scheme, source: str) -> Rotations:
     """The rotations of a plain checkpoint quantized while loading.
 
     Every linear gets an online Hadamard on its input (o_proj's mixes heads, where

@@ -4,7 +4,8 @@
 Beside the files of any Hugging Face checkpoint (config.json, tokenizer, safetensors
 shards) a lowbit one has ``lowbit_manifest.json``, which says what every tensor and
 every key of config.json was, and ``recipe.yaml``. Tensors keep the names of the model
-they were made from, except that a quantized matrix ``X.weight`` is
+they were made from, except that stacked linears (``qkv_proj``, ``gate_up_proj``) are
+split into ``q_proj``, ``k_proj`` and so on, and that a quantized matrix ``X.weight`` is
 
 * ``X.weight_packed``: int32, codes as in ``kernels/packing.py``;
 * ``X.weight_scale``: float32 ``[n, groups]``;
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .architecture import LlamaShape
+from .architecture import ModelShape
 from .checkpoint import FLOATS, TensorSpec, read_json
 from .errors import CheckpointError, ConfigError
 from .kernels.grid import IntGrid
@@ -59,7 +60,7 @@ def quantized_tensors(
     return tensors
 
 
-def expected_tensors(shape: LlamaShape, config: LowbitConfig) -> dict[str, TensorSpec]:
+def expected_tensors(shape: ModelShape, config: LowbitConfig) -> dict[str, TensorSpec]:
     """Every tensor a lowbit checkpoint of this model must hold, in file order."""
     tensors: dict[str, TensorSpec] = {}
     for name, size in shape.tensors().items():

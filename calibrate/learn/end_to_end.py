@@ -9,15 +9,15 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
 from ...kernels.grid import IntGrid
 from ...load_time import check_finite
 from ...schema import LowbitConfig
-from ..llama import LlamaStages
 from ..plan import Transforms, online
 from ..recipe import Recipe
+from ..rotary import model_config
 from ..source import Source
+from ..stages import DecoderStages
 from ..vocabulary import Vocabulary, plain_vocabulary
 from .model import LearningModel
 from .parameters import Learned, Parameters, Tensors
@@ -55,13 +55,13 @@ def learn_transforms(
     """
     device, scheme = str(windows.device), quantization.scheme
     fixed = Transforms.of(source.shape, quantization.rotations)
-    config = LlamaConfig.from_pretrained(source.directory)
+    config = model_config(source.directory, source.shape)
     layers = [_layer(source, index, device) for index in range(source.shape.num_layers)]
     plain = plain_vocabulary(source)
     vocabulary = Vocabulary(
         *(t.to(device) for t in (plain.embedding, plain.norm, plain.head))
     )
-    stages = LlamaStages(config, source.shape, device=device)
+    stages = DecoderStages(config, source.shape, device=device)
     teacher = Teacher.of(stages, layers, vocabulary, windows)
     parameters = start(source.shape, recipe, fixed, layers, teacher)
     weights = None

@@ -46,7 +46,7 @@ def mapping(scheme: str, **changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make(tiny_llama: Any, published_checkpoint: Any, tmp_path: Path) -> Make:
+def make(tiny_model: Any, published_checkpoint: Any, tmp_path: Path) -> Make:
     """``make(scheme, model={...}, **rotations)``: a tiny lowbit checkpoint."""
 
     def build(
@@ -56,7 +56,7 @@ def make(tiny_llama: Any, published_checkpoint: Any, tmp_path: Path) -> Make:
         shards: int = 1,
         **rotations: Any,
     ) -> Path:
-        plain = tiny_llama(tmp_path / "plain", tokenizer=True, **(model or {}))
+        plain = tiny_model(tmp_path / "plain", tokenizer=True, **(model or {}))
         (tmp_path / "made").mkdir()
         return published_checkpoint(
             tmp_path / "made" / "lowbit",
@@ -89,10 +89,20 @@ def expected_weight(
     return decode(codes, rounded, zero_point).flatten(-2).to(dtype)
 
 
+def test_stacked_linears(make: Make, tmp_path: Path) -> None:
+    source = make("w4a16", {"architecture": "Phi3ForCausalLM"})
+    with pytest.raises(UnsupportedError) as error:
+        export(source, tmp_path / "out")
+    assert str(error.value).startswith(
+        f"{source}/config.json: Phi3ForCausalLM cannot be exported: other tools expect "
+    )
+
+
 @pytest.mark.parametrize(
     ("scheme", "dtype", "model"),
     [
         ("w4a16", "bfloat16", {"attention_bias": True}),
+        ("w4a16", "bfloat16", {"architecture": "Qwen3ForCausalLM"}),
         ("w4a16-g32", "bfloat16", {"tie_word_embeddings": True}),
         ("w4a16-g128", "float16", {}),
         ("w4a16-g64", "float32", {}),

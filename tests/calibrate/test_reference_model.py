@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.errors import CheckpointError, ConfigError
 from vllm_lowbit.schema import LowbitConfig, Rotation, Rotations, scheme_from_name
 
@@ -25,6 +26,20 @@ ROTATIONS = {
     "mlp_input": {"apply": "online", "order": 12, "block": 24},
     "down_input": {"apply": "online", "order": 256, "block": 256},
 }
+# Two query heads for a key, and a hidden size of all heads, which Qwen2 needs.
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {
+        "architecture": "MistralForCausalLM",
+        "sliding_window": 9,
+        "initializer_range": 0.05,
+    },
+    "qwen2": {"architecture": "Qwen2ForCausalLM", **HEADS},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", **HEADS},
+    "phi3": {"architecture": "Phi3ForCausalLM", **HEADS, "sliding_window": None},
+}
 FINE = {
     "weights": {"bits": 8, "symmetric": True, "group_size": 32},
     "activations": {"bits": 16},
@@ -33,16 +48,15 @@ FINE = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: Any, tiny_llama: Any, rewrite: Any) -> Callable[..., Path]:
+def plain(tmp_path_factory: Any, tiny_model: Any, rewrite: Any) -> Callable[..., Path]:
     """``plain(tied, **config)``: a float32 model whose norms are not 1."""
 
     def build(tied: bool, **config: Any) -> Path:
-        directory = tiny_llama(
+        directory = tiny_model(
             tmp_path_factory.mktemp("plain"),
             dtype="float32",
-            initializer_range=0.1,
             tie_word_embeddings=tied,
-            **{"hidden_size": 384, **config},
+            **{"hidden_size": 384, "initializer_range": 0.1, **config},
         )
 
         def spread(tensors: dict[str, torch.Tensor]) -> None:
@@ -87,8 +101,8 @@ def test_function_of_the_source(
     directory = lowbit_checkpoint(
         tmp_path, source, scheme, residual=residual, **ROTATIONS
     )
-    expected = ReferenceLlama(str(source))(IDS)
-    assert apart(ReferenceLlama(str(directory))(IDS), expected) < 0.1
+    expected = ReferenceModel(str(source))(IDS)
+    assert apart(ReferenceModel(str(directory))(IDS), expected) < 0.1
     online = residual is not None and residual["apply"] == "online"
     if online:
         path = directory / "config.json"
@@ -97,22 +111,22 @@ def test_function_of_the_source(
         rotations["residual"]["sign_seed"] = 3
         path.write_text(json.dumps(config))
         write_manifest(directory)
-        assert apart(ReferenceLlama(str(directory))(IDS), expected) > 0.5
+        assert apart(ReferenceModel(str(directory))(IDS), expected) > 0.5
 
 
 @pytest.mark.parametrize("vocab_bits", [16, 8])
 @pytest.mark.parametrize("scheme", ["w4a4kv4", "w2a16-g64", "w3a16"])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_is_the_plain_model_quantized_here(
     scheme: str,
     vocab_bits: int,
-    bias: bool,
+    variant: str,
     plain: Any,
     lowbit_checkpoint: Any,
     tmp_path: Path,
 ) -> None:
     """Bit for bit, whether the codes are made or read."""
-    source = plain(False, attention_bias=bias, mlp_bias=bias)
+    source = plain(False, **VARIANTS[variant])
     chosen = scheme_from_name(scheme, vocab_bits=vocab_bits)
     found = load_time_config(str(source), chosen)
     # A checkpoint has no input scales.
@@ -127,16 +141,28 @@ def test_is_the_plain_model_quantized_here(
         tmp_path, source, scheme, vocab_bits, **rotations.model_dump()
     )
     made, read = (
-        ReferenceLlama(str(source), config),
-        ReferenceLlama(str(directory)),
+        ReferenceModel(str(source), config),
+        ReferenceModel(str(directory)),
     )
     assert made.scheme_name == read.scheme_name == scheme
     assert read.config == config
     assert torch.equal(made(IDS), read(IDS))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_float_model_is_that_of_transformers(
+    variant: str, tied: bool, plain: Any
+) -> None:
+    directory = str(plain(tied, **VARIANTS[variant]))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(IDS.unsqueeze(0)).logits[0]
+    assert apart(ReferenceModel(directory)(IDS), expected) < 1e-5
+
+
 def test_float_model(plain: Any) -> None:
-    model = ReferenceLlama(str(plain(True)))
+    model = ReferenceModel(str(plain(True)))
     assert model.scheme_name == "float" and model.config is None
     assert model(IDS).shape == (40, 256)
 
@@ -144,7 +170,7 @@ def test_float_model(plain: Any) -> None:
 def test_8_bit_vocabulary_costs_something(plain: Any) -> None:
     source = str(plain(False))
     outputs = [
-        ReferenceLlama(
+        ReferenceModel(
             source,
             LowbitConfig(
                 scheme=scheme_from_name("w8a8", vocab_bits=bits), rotations=Rotations()
@@ -163,10 +189,10 @@ def test_values_between_operators_have_the_servers_dtype(
     directory = lowbit_checkpoint(
         tmp_path, plain(True), "w4a4kv4", vocab_bits, residual=residual
     )
-    model = ReferenceLlama(str(directory), dtype=torch.bfloat16)
+    model = ReferenceModel(str(directory), dtype=torch.bfloat16)
     logits = model(IDS)
     assert torch.equal(logits, logits.bfloat16().float())
-    assert not torch.equal(logits, ReferenceLlama(str(directory))(IDS))
+    assert not torch.equal(logits, ReferenceModel(str(directory))(IDS))
 
 
 def test_scheme_cannot_be_chosen(
@@ -176,7 +202,7 @@ def test_scheme_cannot_be_chosen(
     directory = lowbit_checkpoint(tmp_path, source, "w4a16")
     config = load_time_config(str(source), scheme_from_name("w4a4"))
     with pytest.raises(ConfigError, match="has its own scheme w4a16; no other can be"):
-        ReferenceLlama(str(directory), config)
+        ReferenceModel(str(directory), config)
 
 
 def test_defects_are_named(
@@ -186,10 +212,10 @@ def test_defects_are_named(
     name = "model.layers.0.mlp.up_proj.weight_scale"
     rewrite(directory, lambda tensors: tensors[name][0].fill_(torch.nan))
     with pytest.raises(CheckpointError, match=f"tensor {name} has sha256 "):
-        ReferenceLlama(str(directory))
+        ReferenceModel(str(directory))
     rewrite(directory, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=f"tensor {name} is in none of the"):
-        ReferenceLlama(str(directory))
+        ReferenceModel(str(directory))
 
 
 def test_rotation_that_no_server_runs(
@@ -202,7 +228,7 @@ def test_rotation_that_no_server_runs(
     config["quantization_config"]["rotations"]["v"] = v
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="rotations.v: apply is online; supported"):
-        ReferenceLlama(str(directory))
+        ReferenceModel(str(directory))
 
 
 def test_needs_no_vllm() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from vllm_lowbit.architecture import LlamaShape
-from vllm_lowbit.calibrate.llama import RESIDUAL_STAGES, LlamaStages, Online
+from vllm_lowbit.architecture import ModelShape
+from vllm_lowbit.calibrate.stages import RESIDUAL_STAGES, DecoderStages, Online
 from vllm_lowbit.calibrate.transforms import (
     Dense,
     LayerTransforms,
@@ -20,6 +20,7 @@ from vllm_lowbit.calibrate.transforms import (
     fold_embedding,
     fold_head,
     fold_layer,
+    scale_shapes,
 )
 from vllm_lowbit.kernels.hadamard.matrices import largest_order
 from vllm_lowbit.kernels.hadamard.signs import random_signs
@@ -50,6 +51,33 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 128,
         }
     },
+    "mistral": {"architecture": "MistralForCausalLM", "sliding_window": 7},
+    "mistral, no window": {
+        "architecture": "MistralForCausalLM",
+        "sliding_window": None,
+        "num_key_value_heads": 1,
+    },
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "hidden_size": 256},
+    "qwen2, tied, yarn": {
+        "architecture": "Qwen2ForCausalLM",
+        "hidden_size": 256,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "phi3": {"architecture": "Phi3ForCausalLM", "sliding_window": 9},
+    "qwen3": {"architecture": "Qwen3ForCausalLM"},
+    "qwen3, tied, narrow heads": {
+        "architecture": "Qwen3ForCausalLM",
+        "head_dim": 12,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -62,20 +90,18 @@ def _orthogonal(random: Callable[..., torch.Tensor], blocks: int, size: int) -> 
     return Dense(q)
 
 
-def _all_of(
-    shape: LlamaShape, random: Callable[..., torch.Tensor], biases: bool
-) -> LayerTransforms:
+def _all_of(shape: ModelShape, random: Callable[..., torch.Tensor]) -> LayerTransforms:
     """Every transform there is, random, the scales spread over a factor of 20."""
-    scale = lambda *size: random(*size).mul(0.75).exp()
     kv = shape.num_kv_heads
+    shifted = {"self_attn.v_proj", "self_attn.o_proj"} <= shape.biases
+    scales: dict[str, Any] = {
+        name: random(*size).mul(0.75).exp()
+        for name, size in scale_shapes(shape).items()
+    }
     return LayerTransforms(
-        attn_scale=scale(shape.hidden_size),
-        mlp_scale=scale(shape.hidden_size),
+        **scales,
         value=_orthogonal(random, kv, shape.head_dim),
-        value_scale=scale(kv * shape.head_dim),
-        value_shift=random(kv * shape.head_dim) if biases else None,
-        key_scale=scale(kv, shape.head_dim // 2),
-        up_scale=scale(shape.intermediate_size),
+        value_shift=random(kv * shape.head_dim) if shifted else None,
         down=SignedHadamard(largest_order(shape.intermediate_size)),
         attn_input=SignedHadamard(largest_order(shape.hidden_size)),
         mlp_input=SignedHadamard(2),
@@ -85,9 +111,11 @@ def _all_of(
 class _Model:
     """A float64 model from a state dict, folded with what is given."""
 
-    def __init__(self, config: LlamaConfig, state: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, state: dict[str, torch.Tensor]
+    ) -> None:
         self.config = config
-        self.shape = LlamaShape.from_config(config.to_dict(), "x")
+        self.shape = ModelShape.from_config(config.to_dict(), "x")
         self.state = state
 
     def logits(
@@ -114,7 +142,7 @@ class _Model:
                 attn_input=transforms.attn_input,
                 mlp_input=transforms.mlp_input,
             )
-            stages = LlamaStages(self.config, self.shape, online)
+            stages = DecoderStages(self.config, self.shape, online)
             weights = fold_layer(tensors, self.shape, residual, transforms)
             assert weights.keys() == tensors.keys()
             assert all(weights[k].shape == tensors[k].shape for k in tensors)
@@ -124,9 +152,9 @@ class _Model:
         return (h @ fold_head(head, self.state["model.norm.weight"], residual).t())[0]
 
 
-def _check(config: LlamaConfig, state: dict[str, torch.Tensor], seed: int) -> None:
+def _check(config: PreTrainedConfig, state: dict[str, torch.Tensor], seed: int) -> None:
     state = {name: tensor.double() for name, tensor in state.items()}
-    model = LlamaForCausalLM(config).double()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
@@ -135,25 +163,24 @@ def _check(config: LlamaConfig, state: dict[str, torch.Tensor], seed: int) -> No
     with torch.no_grad():
         expected = model(ids.unsqueeze(0)).logits[0]
 
-    ours, random = _Model(config, state), _random(generator)
-    shape = ours.shape
+    shape = ModelShape.from_config(config.to_dict(), "x")
+    of = {name: shape.in_plain(name) for name in shape.tensors()}
+    parts = {name: state[file_name][rows] for name, (file_name, rows) in of.items()}
+    ours, random = _Model(config, parts), _random(generator)
     dense = _orthogonal(random, 1, shape.hidden_size)
     order = largest_order(shape.hidden_size)
     signed = SignedHadamard(order, random_signs(seed, shape.hidden_size))
     head = SignedHadamard(shape.head_dim)
-    biases = bool(config.attention_bias)
     for residual in (dense, signed):
-        logits = ours.logits(
-            ids, residual, lambda: _all_of(shape, random, biases), head
-        )
+        logits = ours.logits(ids, residual, lambda: _all_of(shape, random), head)
         assert (logits - expected).norm() < 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_random_models(
-    tiny_llama: Callable[..., Path], tmp_path: Path, name: str
+    tiny_model: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
-    directory = tiny_llama(tmp_path, dtype="float32", **SHAPES[name])
+    directory = tiny_model(tmp_path, dtype="float32", **SHAPES[name])
     state = load_file(directory / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
     for tensor_name, tensor in state.items():
@@ -161,14 +188,14 @@ def test_random_models(
             tensor.add_(torch.rand(tensor.shape, generator=generator))
         else:
             tensor.mul_(20 if "embed" in tensor_name else 2)
-    _check(LlamaConfig.from_pretrained(directory), state, seed=7)
+    _check(AutoConfig.from_pretrained(directory), state, seed=7)
 
 
 @pytest.mark.parametrize("model", ["ref-7m", "ref-7m-outliers"])
 def test_trained_models(model: str) -> None:
     directory = MODELS / model
     state = load_file(directory / "model.safetensors")
-    _check(LlamaConfig.from_pretrained(directory), state, seed=3)
+    _check(AutoConfig.from_pretrained(directory), state, seed=3)
 
 
 def test_wrong_order_of_scale_and_hadamard_is_seen() -> None:

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import FLOATS, TensorSpec, check_tensors, may_be_there
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..lowbit_checkpoint import quantization_of, read_model_config
 from ..schema import LowbitConfig
 from . import awq, compressed_tensors, gptq
@@ -60,7 +60,7 @@ def read_quantization(
 
 
 def expected_tensors(
-    shape: LlamaShape, foreign: ForeignFormat
+    shape: ModelShape, foreign: ForeignFormat
 ) -> dict[str, TensorSpec]:
     """Every tensor a checkpoint of this model must, or may, hold.
 
@@ -85,14 +85,21 @@ def expected_tensors(
 
 
 def check_foreign_checkpoint(
-    model: str, shape: LlamaShape, foreign: ForeignFormat
+    model: str, shape: ModelShape, foreign: ForeignFormat
 ) -> None:
     """Check that the files of a checkpoint hold exactly what its config says.
 
     Raises:
         CheckpointError: as :func:`~vllm_lowbit.checkpoint.check_tensors`. A head that
             repeats a tied embedding, and rotary buffers, may be there.
-        UnsupportedError: where a linear cuts through a packed word.
+        UnsupportedError: where a linear cuts through a packed word, or the model has
+            stacked ones.
     """
+    if shape.architecture.fused:
+        raise UnsupportedError(
+            f"{model}/config.json: {foreign.name} checkpoints of "
+            f"{shape.architecture.name} are not supported: their linears are stacked "
+            "in the files; supported: plain and lowbit ones"
+        )
     expected = expected_tensors(shape, foreign)
     check_tensors(Path(model), expected, partial(may_be_there, shape))

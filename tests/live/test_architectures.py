@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every architecture serves as its reference: with the flag alone, and calibrated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_lowbit.calibrate.pipeline import calibrate
+from vllm_lowbit.calibrate.recipe import Recipe
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
+from vllm_lowbit.calibrate.text import default_text
+
+pytestmark = pytest.mark.live
+
+EPS = 1e-3
+# Logits of up to 16 are 1/16 apart in bfloat16.
+EPS_BF16 = 0.25
+NEW_TOKENS = 40
+MODELS: dict[str, dict[str, Any]] = {
+    # Shorter than the prompts, and than two pages.
+    "mistral": {"architecture": "MistralForCausalLM", "sliding_window": 20},
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "hidden_size": 256},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
+    "phi3": {"architecture": "Phi3ForCausalLM", "bos_token_id": 1, "eos_token_id": 2},
+}
+# Every transform, the scales of queries and keys among them.
+RECIPE = {
+    "transforms": {"value": "learned", "scales": "learned"},
+    "learn": {"steps": 3, "tokens_per_step": 64, "scale_lr": 0.1},
+    "weights": {"method": "gptq"},
+    "data": {"samples": 8, "seq_len": 64},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def plain(
+    request: pytest.FixtureRequest, tmp_path_factory: Any, tiny_model: Any, rewrite: Any
+) -> Path:
+    """A servable float32 model whose norms are not 1 and biases not 0."""
+    directory = tiny_model(
+        tmp_path_factory.mktemp(request.param),
+        dtype="float32",
+        tokenizer=True,
+        **{"initializer_range": 0.1, **MODELS[request.param]},
+    )
+
+    def spread(tensors: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        for tensor in tensors.values():
+            if tensor.dim() == 1:
+                tensor.uniform_(0.5, 1.5, generator=generator)
+
+    rewrite(directory, spread)
+    return directory
+
+
+@pytest.fixture
+def check(engine: Any, score: Any, prompts: list[str]) -> Any:
+    """``check(reference, directory, **arguments)``: tokens and log-probabilities."""
+
+    def run(reference: ReferenceModel, directory: Path, **arguments: Any) -> None:
+        from vllm import SamplingParams
+
+        exact = reference.dtype == torch.float32
+        parameters = SamplingParams(
+            max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True
+        )
+        with engine(
+            model=str(directory),
+            dtype=str(reference.dtype).removeprefix("torch."),
+            max_model_len=256,
+            **{"block_size": 16, **arguments},
+        ) as llm:
+            outputs = llm.generate(prompts[:6], parameters, use_tqdm=False)
+            sequences = [
+                [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs
+            ]
+            served = score(llm, sequences)
+        largest = 0.0
+        for output, ids, logits in zip(outputs, sequences, served, strict=True):
+            expected = reference(torch.tensor(ids))[:-1]
+            apart = logits.log_softmax(-1) - expected.log_softmax(-1)
+            assert apart.abs().max() < (EPS if exact else EPS_BF16)
+            start = len(output.prompt_token_ids)
+            chosen = expected[start - 1 :].argmax(-1).tolist()
+            assert ids[start:] == chosen or not exact
+            largest = max(largest, float(expected.abs().max()))
+        assert largest > 1
+
+    return run
+
+
+def test_with_the_flag_alone(check: Any, served_reference: Any, plain: Path) -> None:
+    check(served_reference("w4a4kv4", directory=str(plain)), plain)
+
+
+@pytest.mark.parametrize("plain", ["qwen2", "qwen3"], indirect=True)
+def test_bfloat16(check: Any, served_reference: Any, plain: Path) -> None:
+    """Biases and norms are rounded where the server rounds them."""
+    check(served_reference("w4a4kv4", torch.bfloat16, str(plain)), plain)
+
+
+def test_calibrated(
+    check: Any, served_checkpoint: Any, plain: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    calibrate(str(plain), out, Recipe.model_validate(RECIPE), default_text(), "cpu")
+    check(served_checkpoint(out), out, quantization=None)
+
+
+@pytest.mark.parametrize("plain", ["mistral", "qwen3"], indirect=True)
+def test_a_cache_of_16_bits(check: Any, served_reference: Any, plain: Path) -> None:
+    """vLLM's own attention gets the same window, queries and keys."""
+    choice = {"quantization_config_dict_json": json.dumps({"scheme": "w4a4"})}
+    reference = served_reference("w4a4", directory=str(plain))
+    # The smallest page of vLLM's attention on a CPU.
+    check(reference, plain, hf_overrides=choice, block_size=32)
