@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..errors import ConfigError
 from ..lowbit_checkpoint import RECIPE
-from ..schema import LowbitConfig, Rotation, Scheme
+from ..schema import LowbitConfig, Rotation, Scheme, clipped
 from .files import read_text
 from .recipe import Recipe
 from .strict_yaml import parse_mapping
@@ -307,7 +307,7 @@ def _quantized(scheme: Scheme) -> dict[str, str]:
         "their inputs": "16 bits"
         if activations.bits == 16
         else f"int{activations.bits} {_symmetry(activations.symmetric)}, dynamic, one "
-        "scale per token",
+        f"scale per token{clipped(activations.clip_ratio)}",
         "KV cache": "16 bits"
         if scheme.kv_cache.bits == 16
         else f"int{scheme.kv_cache.bits} asymmetric, one scale and zero per token and "

@@ -13,9 +13,9 @@ from ..architecture import (
     order_per_shard,
 )
 from ..errors import UnsupportedError
-from ..kernels.grid import IntGrid
 from ..kernels.hadamard.matrices import largest_order
 from ..kernels.hadamard.signs import random_signs
+from ..load_time import activation_grid
 from ..schema import (
     LowbitConfig,
     Provenance,
@@ -44,7 +44,10 @@ def plan(
         UnsupportedError: when the scheme or a transform does not fit the sizes.
     """
     scheme = scheme_from_name(
-        recipe.scheme, recipe.activations.symmetric, recipe.vocab_bits
+        recipe.scheme,
+        recipe.activations.symmetric,
+        recipe.vocab_bits,
+        recipe.activations.clip_ratio,
     )
     check_scheme(shape, scheme, source)
     return LowbitConfig(
@@ -182,12 +185,8 @@ class Transforms:
 
 def online(scheme: Scheme, transforms: Transforms) -> Online:
     """What the server will do to activations."""
-    activations = scheme.activations
-    grid = None
-    if activations.bits != 16:
-        grid = IntGrid(activations.bits, activations.symmetric)
     return Online(
-        activations=grid,
+        activations=activation_grid(scheme),
         kv4=scheme.kv_cache.bits == 4,
         key=transforms.key,
         down=transforms.down,

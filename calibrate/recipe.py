@@ -190,6 +190,8 @@ class Recipe(StrictModel):
             del data["learn"]
         if self.transforms.smooth is None:
             del data["transforms"]["smooth"]
+        if self.activations.clip_ratio == 1:
+            del data["activations"]["clip_ratio"]
         method = self.weights.method
         if method not in GPTQ_METHODS:
             data["weights"] = {"method": method}

@@ -199,6 +199,8 @@ class ActivationGrid(StrictModel):
     """Grid of the linear inputs; their bits are the scheme's."""
 
     symmetric: bool = False
+    clip_ratio: Annotated[float, Field(ge=0.5, le=1)] = 1.0
+    """Fraction of each token's range that is kept."""
 
 
 class Data(StrictModel):

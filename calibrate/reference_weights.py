@@ -24,6 +24,7 @@ from ..kernels.quantize_weight.reference import quantize_weight
 from ..load_time import (
     FUSED,
     QuantizedWeight,
+    activation_grid,
     fold_bias,
     quantize_linear,
     rotations_of,
@@ -77,7 +78,13 @@ class QuantizedLinear:
             )
         grid = self.activations
         codes, scale, zero_point = hadamard_quantize(
-            x, weight.input_scale, self.order, self.stride, grid.bits, grid.symmetric
+            x,
+            weight.input_scale,
+            self.order,
+            self.stride,
+            grid.bits,
+            grid.symmetric,
+            grid.clip_ratio,
         )
         return linear_w4a4(
             codes,
@@ -255,15 +262,12 @@ class WeightReader:
         else:
             quantized, bias = self._quantize(block, name, bias)
         online = rotations_of(self._config.rotations, parts[0]).online_input
-        activations = self._config.scheme.activations
         return QuantizedLinear(
             weight=quantized,
             bias=bias,
             order=1 if online is None else online.order,
             stride=1 if online is None else online.stride,
-            activations=None
-            if activations.bits == 16
-            else IntGrid(activations.bits, activations.symmetric),
+            activations=activation_grid(self._config.scheme),
             dtype=self._dtype,
         )
 

@@ -42,6 +42,11 @@ def refuse_what_differs(config: LowbitConfig, source: str) -> None:
 def _linear_reasons(scheme: Scheme) -> list[str]:
     weights, activations = scheme.weights, scheme.activations
     reasons = []
+    if activations.clip_ratio != 1:
+        reasons.append(
+            f"scheme.activations.clip_ratio is {activations.clip_ratio}: stock vLLM "
+            "keeps the whole range of a token; calibrate with clip_ratio 1"
+        )
     if activations.bits == 6:
         reasons.append(
             "scheme.activations.bits is 6: stock vLLM has no 6-bit activations; choose "

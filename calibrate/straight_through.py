@@ -31,14 +31,15 @@ from ..kernels.grid import (
 
 
 def fake_quantize(
-    x: torch.Tensor, grid: IntGrid, clip_ratio: torch.Tensor | float = 1.0
+    x: torch.Tensor, grid: IntGrid, clip_ratio: torch.Tensor | float | None = None
 ) -> torch.Tensor:
     """x on a grid, every row (last dimension) with its own range; float32.
 
     Args:
         x: ``[..., n]``, float32.
         grid: the codes.
-        clip_ratio: fraction of the range that is kept, a float or ``[..., 1]``.
+        clip_ratio: fraction of the range that is kept, a float or ``[..., 1]``;
+            None takes the grid's.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         scale, zero_point = grid.parameters(x, clip_ratio)
@@ -57,8 +58,12 @@ def through_cache(x: torch.Tensor) -> torch.Tensor:
 class _Integer(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, grid: IntGrid, clip_ratio: torch.Tensor | float
+        ctx: Any,
+        x: torch.Tensor,
+        grid: IntGrid,
+        clip_ratio: torch.Tensor | float | None,
     ) -> torch.Tensor:
+        clip_ratio = grid.clip_ratio if clip_ratio is None else clip_ratio
         scale, zero_point = grid.parameters(x, clip_ratio)
         quantized = decode(grid.encode(x, scale, zero_point), scale, zero_point)
         steps = grid.code_max - grid.code_min

@@ -47,20 +47,28 @@ class IntGrid:
         bits: code width, 2 to 8.
         symmetric: codes around zero; otherwise affine with an integer zero point.
         full_range: symmetric only, also use the code ``-2^(bits-1)``.
+        clip_ratio: fraction of a row's range that is kept; what lies beyond becomes
+            the outermost code.
 
     Raises:
-        ValueError: for a width outside 2..8, or full_range on an affine grid.
+        ValueError: for a width outside 2..8, full_range on an affine grid, or a
+            clip_ratio outside (0, 1].
     """
 
     bits: int
     symmetric: bool = True
     full_range: bool = False
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {self.bits}")
         if self.full_range and not self.symmetric:
             raise ValueError("full_range applies to symmetric grids only")
+        if not 0 < self.clip_ratio <= 1:
+            raise ValueError(
+                f"clip_ratio must be above 0 and at most 1, got {self.clip_ratio}"
+            )
 
     @property
     def code_min(self) -> int:
@@ -84,18 +92,19 @@ class IntGrid:
         return self.code_max - self.code_min
 
     def parameters(
-        self, x: torch.Tensor, clip_ratio: torch.Tensor | float = 1.0
+        self, x: torch.Tensor, clip_ratio: torch.Tensor | float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of every row.
 
         Args:
             x: ``[..., n]``, any float dtype; a row is the last dimension.
             clip_ratio: fraction of the range that is kept, a float or
-                ``[..., 1]``.
+                ``[..., 1]``; None takes the grid's.
 
         Returns:
             scale float32 ``[..., 1]`` and zero_point int32 ``[..., 1]``.
         """
+        clip_ratio = self.clip_ratio if clip_ratio is None else clip_ratio
         low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
         peak = torch.maximum(high, -low)
         if self.symmetric:

@@ -41,6 +41,12 @@ def _linear_out(
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
+def _linear_packed_out(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    # After input_scale, which is the first of them.
+    n, out_dtype = arguments[10], arguments[12]
+    return x.new_empty((x.shape[0], n), dtype=out_dtype)
+
+
 def _codes_out(
     x: torch.Tensor, n: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,22 +66,22 @@ _register(
 )
 _register(
     "hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
-    " int bits, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    " int bits, bool symmetric, float clip_ratio=1.0) -> (Tensor codes, Tensor scale, Tensor zero_point)",
     implementation("hadamard_quantize"),
     lambda x, *arguments: _codes_out(x, x.shape[1]),
     IMPLEMENTATIONS["hadamard_quantize", "triton"],
 )
 _register(
     "rms_norm_hadamard_quantize(Tensor x, Tensor weight, float epsilon,"
-    " Tensor? input_scale, int order, int stride, int bits, bool symmetric)"
-    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    " Tensor? input_scale, int order, int stride, int bits, bool symmetric,"
+    " float clip_ratio=1.0) -> (Tensor codes, Tensor scale, Tensor zero_point)",
     quantize_reference.rms_norm_hadamard_quantize,
     lambda x, *arguments: _codes_out(x, x.shape[1]),
     on_call(f"{QUANTIZE}.rms_norm_hadamard_quantize"),
 )
 _register(
     "swiglu_hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
-    " int bits, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    " int bits, bool symmetric, float clip_ratio=1.0) -> (Tensor codes, Tensor scale, Tensor zero_point)",
     quantize_reference.swiglu_hadamard_quantize,
     lambda x, *arguments: _codes_out(x, x.shape[1] // 2),
     on_call(f"{QUANTIZE}.swiglu_hadamard_quantize"),
@@ -101,9 +107,9 @@ _register(
     "linear_packed(Tensor x, Tensor? input_scale, int order, int stride,"
     " int activation_bits, bool symmetric, Tensor weight, Tensor weight_scale,"
     " Tensor? weight_zero, Tensor weight_sum, Tensor? bias, int n, int weight_bits,"
-    " ScalarType out_dtype) -> Tensor",
+    " ScalarType out_dtype, float clip_ratio=1.0) -> Tensor",
     linear_packed,
-    lambda x, *arguments: x.new_empty((x.shape[0], arguments[-3]), dtype=arguments[-1]),
+    _linear_packed_out,
 )
 # Weights of these two are in the form of gpu/weights.py.
 _register(

@@ -118,6 +118,7 @@ class TestJson:
             "group_size": None,
             "activation_bits": 4,
             "activation_symmetric": False,
+            "activation_clip_ratio": 1.0,
         }
         assert found["linears"] == {
             "qkv_proj": {**linear, "online_rotation": None},

@@ -37,7 +37,7 @@ def config() -> dict[str, Any]:
         "format_version": 1,
         "scheme": {
             "weights": {"bits": 4, "symmetric": True, "group_size": 128},
-            "activations": {"bits": 4, "symmetric": False},
+            "activations": {"bits": 4, "symmetric": False, "clip_ratio": 0.9},
             "kv_cache": {"bits": 4},
             "vocab_bits": 8,
         },

@@ -38,6 +38,7 @@ class Linear:
         group_size: inputs that share a scale; None is one scale per output channel.
         activation_bits: of the input's codes, 16 where it is not quantized.
         activation_symmetric: False where the input has a zero point per token.
+        activation_clip_ratio: fraction of a token's range that is kept.
         online_rotation: name of the rotation the server applies to the input, or None.
     """
 
@@ -46,6 +47,7 @@ class Linear:
     group_size: int | None
     activation_bits: int
     activation_symmetric: bool
+    activation_clip_ratio: float
     online_rotation: str | None
 
 
@@ -204,6 +206,7 @@ def _linear(config: LowbitConfig, name: str) -> Linear:
         group_size=scheme.weights.group_size,
         activation_bits=scheme.activations.bits,
         activation_symmetric=scheme.activations.symmetric,
+        activation_clip_ratio=scheme.activations.clip_ratio,
         online_rotation=rotation if getattr(config.rotations, rotation) else None,
     )
 

@@ -10,7 +10,7 @@ from .errors import UnsupportedError
 from .kernels import dispatch
 from .kernels.grid import IntGrid
 from .linear_kernels import KERNELS, LinearSpec
-from .load_time import FUSED, check_finite, rotations_of
+from .load_time import FUSED, activation_grid, check_finite, rotations_of
 from .schema import LowbitConfig, Rotation
 
 
@@ -33,11 +33,8 @@ class LowbitLinearMethod(LinearMethodBase):
         self.parts = [rotations_of(config.rotations, part) for part in FUSED[self.role]]
         self.input_rotation: Rotation | None = self.parts[0].online_input
         self.grid = IntGrid(self.scheme.weights.bits, self.scheme.weights.symmetric)
-        bits = self.scheme.activations.bits
-        self.weight_only = bits == 16
-        self.activation_grid = None
-        if not self.weight_only:
-            self.activation_grid = IntGrid(bits, self.scheme.activations.symmetric)
+        self.activation_grid = activation_grid(self.scheme)
+        self.weight_only = self.activation_grid is None
 
     @property
     def _part_names(self) -> list[str]:

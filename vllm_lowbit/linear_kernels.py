@@ -106,7 +106,13 @@ class GenericLinear:
             )
         grid = spec.activations
         codes, x_scale, zero_point = torch.ops.lowbit.hadamard_quantize(
-            x, input_scale, spec.order, spec.stride, grid.bits, grid.symmetric
+            x,
+            input_scale,
+            spec.order,
+            spec.stride,
+            grid.bits,
+            grid.symmetric,
+            grid.clip_ratio,
         )
         return torch.ops.lowbit.linear_w4a4(
             codes,
@@ -163,6 +169,7 @@ class CpuLinear:
             spec.n,
             spec.weights.bits,
             out_dtype,
+            1.0 if grid is None else grid.clip_ratio,
         )
 
     def rows(self, layer: Any, index: torch.Tensor) -> torch.Tensor:
@@ -216,7 +223,13 @@ class TritonLinear:
                 out_dtype,
             )
         codes, scale, zero_point = torch.ops.lowbit.hadamard_quantize(
-            x, input_scale, spec.order, spec.stride, grid.bits, grid.symmetric
+            x,
+            input_scale,
+            spec.order,
+            spec.stride,
+            grid.bits,
+            grid.symmetric,
+            grid.clip_ratio,
         )
         return torch.ops.lowbit.gpu_linear_w4a4(
             codes,

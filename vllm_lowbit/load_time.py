@@ -12,7 +12,7 @@ import torch
 from .errors import CheckpointError
 from .kernels.grid import IntGrid
 from .kernels.implementations import implementation
-from .schema import Rotation, Rotations, Weights
+from .schema import Rotation, Rotations, Scheme, Weights
 
 _transform = implementation("hadamard")
 _quantize_weight = implementation("quantize_weight")
@@ -193,6 +193,14 @@ def quantize_linear(
     return QuantizedWeight(
         codes, scale, None if weights.symmetric else zero_point, input_scale
     )
+
+
+def activation_grid(scheme: Scheme) -> IntGrid | None:
+    """Of the inputs of every linear; None where they are not quantized."""
+    chosen = scheme.activations
+    if chosen.bits == 16:
+        return None
+    return IntGrid(chosen.bits, chosen.symmetric, clip_ratio=chosen.clip_ratio)
 
 
 def _rows_at_a_time(columns: int) -> int:

@@ -53,6 +53,19 @@ class Activations(StrictModel):
 
     bits: Literal[4, 6, 8, 16]
     symmetric: bool = False
+    clip_ratio: float = Field(default=1.0, ge=0.5, le=1.0)
+    """Fraction of each token's range that is kept."""
+
+    @model_validator(mode="after")
+    def _clips_what_is_quantized(self) -> Self:
+        if self.bits == 16 and self.clip_ratio != 1:
+            raise ValueError("clip_ratio has no effect with bits 16, remove it")
+        return self
+
+
+def clipped(clip_ratio: float) -> str:
+    """What to say of a grid after its scale: nothing where all of a range is kept."""
+    return "" if clip_ratio == 1 else f", clipped to {clip_ratio:g} of its range"
 
 
 class KVCache(StrictModel):
@@ -226,7 +239,10 @@ DEFAULT_SCHEME = "w4a4kv4"
 
 
 def scheme_from_name(
-    name: str, activations_symmetric: bool = False, vocab_bits: int = 16
+    name: str,
+    activations_symmetric: bool = False,
+    vocab_bits: int = 16,
+    clip_ratio: float = 1.0,
 ) -> Scheme:
     """The scheme a name such as ``w4a4kv4`` or ``w3a16-g128`` stands for.
 
@@ -234,6 +250,8 @@ def scheme_from_name(
         name: weights, activations and cache, with an optional group size.
         activations_symmetric: symmetric instead of asymmetric activation codes.
         vocab_bits: 8 or 16, of embedding and head.
+        clip_ratio: fraction of an activation's range that is kept; where activations
+            are not quantized it has no effect.
 
     Raises:
         ConfigError: for an unknown name or group size.
@@ -259,6 +277,7 @@ def scheme_from_name(
             "activations": {
                 "bits": activation_bits,
                 "symmetric": activations_symmetric,
+                "clip_ratio": 1.0 if activation_bits == 16 else clip_ratio,
             },
             "kv_cache": {"bits": kv_bits},
             "vocab_bits": vocab_bits,

@@ -9,7 +9,7 @@ import torch
 from .kernels import dispatch
 from .kernels.kv4_store.layout import bytes_per_token
 from .lowbit_checkpoint import residual_is_online
-from .schema import LowbitConfig, Rotation
+from .schema import LowbitConfig, Rotation, clipped
 
 if TYPE_CHECKING:
     from .linear import LowbitLinearMethod
@@ -37,7 +37,7 @@ def linear_ready(method: "LowbitLinearMethod", taken_over: str | None = None) ->
         "unquantized"
         if method.weight_only
         else f"int{scheme.activations.bits} {_kind(scheme.activations.symmetric)} "
-        "per token"
+        f"per token{clipped(scheme.activations.clip_ratio)}"
     )
     _log_once(
         f"{method.role}: weights {weights}, activations {activations}, "

@@ -41,7 +41,7 @@ TYPES = {
     "left_ptr": "*bf16",
     "right_ptr": "*bf16",
     "x_stride": "i32",
-    **dict.fromkeys(("epsilon", "before", "after"), "fp32"),
+    **dict.fromkeys(("epsilon", "clip_ratio", "before", "after"), "fp32"),
 }
 GRID = {"CODE_MIN": -7, "CODE_MAX": 7, "SYMMETRIC": True, "QUANTIZE": True}
 
@@ -60,7 +60,13 @@ def cases() -> Iterator[Case]:
             name="no transform",
             kernel=row_kernel,
             target=target,
-            types={**POINTERS, "x_stride": "i32", "epsilon": "fp32", "N": "i32"},
+            types={
+                **POINTERS,
+                "x_stride": "i32",
+                "epsilon": "fp32",
+                "clip_ratio": "fp32",
+                "N": "i32",
+            },
             constants={"PROLOGUE": 0, "SCALED": False, "BLOCK": 2048, **GRID},
             aligned=("x_stride", "N"),
             options={"num_warps": 8, "enable_fp_fusion": False},

@@ -55,8 +55,8 @@ struct LowbitFunctions {
                    const float* input_scale, int64_t m, int64_t n, float* y);
   void (*hadamard_quantize)(const LowbitTransform*, const void* x, int type,
                             const float* input_scale, int64_t m, int64_t n, int bits,
-                            int symmetric, int8_t* codes, float* scale,
-                            int32_t* zero_point);
+                            int symmetric, float clip_ratio, int8_t* codes,
+                            float* scale, int32_t* zero_point);
   void (*pack_weight)(const LowbitWeight*, const int8_t* codes, uint8_t* out);
   void (*linear_w4a4)(const LowbitWeight*, const float* bias, const int8_t* codes,
                       const float* scale, const int32_t* zero_point, int64_t m,
@@ -74,5 +74,5 @@ struct LowbitFunctions {
   void (*linear_packed)(const LowbitTransform*, const float* input_scale,
                         const LowbitWeight*, const float* bias, const void* x,
                         int x_type, int64_t m, int activation_bits, int symmetric,
-                        int type, void* out);
+                        float clip_ratio, int type, void* out);
 };

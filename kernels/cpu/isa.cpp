@@ -44,10 +44,11 @@ void run_hadamard(const LowbitTransform* t, const void* x, int type,
 
 void run_hadamard_quantize(const LowbitTransform* t, const void* x, int type,
                            const float* input_scale, int64_t m, int64_t n, int bits,
-                           int symmetric, int8_t* codes, float* scale,
-                           int32_t* zero_point) {
+                           int symmetric, float clip_ratio, int8_t* codes,
+                           float* scale, int32_t* zero_point) {
   hadamard_quantize(transform_of(t), x, type, input_scale, size_t(m), size_t(n),
-                    Grid{bits, symmetric != 0, false}, codes, scale, zero_point);
+                    Grid{bits, symmetric != 0, false, clip_ratio}, codes, scale,
+                    zero_point);
 }
 
 struct Pack {
@@ -112,7 +113,7 @@ void run_linear_tiled(const void* x, const void* w, const float* bias, int64_t m
 void run_quantize_weight(const float* x, int64_t rows, int64_t n, int bits,
                          int symmetric, const float* ratios, int64_t count,
                          int8_t* codes, float* scale, int32_t* zero_point) {
-  quantize_weight(x, size_t(rows), size_t(n), Grid{bits, symmetric != 0, false}, ratios,
+  quantize_weight(x, size_t(rows), size_t(n), Grid{bits, symmetric != 0, false, 1.0f}, ratios,
                   size_t(count), codes, scale, zero_point);
 }
 
@@ -135,24 +136,22 @@ struct Whole {
   const void* x;
   int x_type;
   size_t m;
-  int activation_bits;
-  bool symmetric;
+  Grid activations;
   int type;
   void* out;
   template <int BITS>
   void run() const {
-    linear_packed<BITS>(t, input_scale, w, x, x_type, m, activation_bits, symmetric,
-                        type, out);
+    linear_packed<BITS>(t, input_scale, w, x, x_type, m, activations, type, out);
   }
 };
 
 void run_linear_packed(const LowbitTransform* t, const float* input_scale,
                        const LowbitWeight* w, const float* bias, const void* x,
                        int x_type, int64_t m, int activation_bits, int symmetric,
-                       int type, void* out) {
+                       float clip_ratio, int type, void* out) {
   for_bits(w->bits,
            Whole{transform_of(t), input_scale, weight_of(w, bias), x, x_type, size_t(m),
-                 activation_bits, symmetric != 0, type, out});
+                 Grid{activation_bits, symmetric != 0, false, clip_ratio}, type, out});
 }
 
 }  // namespace

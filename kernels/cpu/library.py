@@ -122,7 +122,7 @@ class Functions(ctypes.Structure):
             CFUNCTYPE(
                 None,
                 *(_TRANSFORM, _P, c_int, _P, c_int64, c_int64, c_int, c_int),
-                *(_P, _P, _P),
+                *(c_float, _P, _P, _P),
             ),
         ),
         ("pack_weight", CFUNCTYPE(None, _WEIGHT, _P, _P)),
@@ -151,7 +151,7 @@ class Functions(ctypes.Structure):
             CFUNCTYPE(
                 None,
                 *(_TRANSFORM, _P, _WEIGHT, _P, _P, c_int, c_int64),
-                *(c_int, c_int, c_int, _P),
+                *(c_int, c_int, c_float, c_int, _P),
             ),
         ),
     ]

@@ -24,6 +24,7 @@ def grid_parameters(
     low,
     high,
     broken,
+    clip_ratio,
     CODE_MIN: tl.constexpr,
     CODE_MAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -34,13 +35,14 @@ def grid_parameters(
         low: float32, least value of each row.
         high: float32, largest.
         broken: whether the row has an Inf or NaN.
+        clip_ratio: float32, fraction of the range that is kept.
     """
     peak = tl.maximum(high, -low)
     if SYMMETRIC:
-        scale = tl.div_rn(peak, CODE_MAX * 1.0)
+        scale = tl.div_rn(peak * clip_ratio, CODE_MAX * 1.0)
     else:
         spread = tl.maximum(high, 0.0) * 0.5 - tl.minimum(low, 0.0) * 0.5
-        scale = tl.div_rn(spread, (CODE_MAX - CODE_MIN) * 0.5)
+        scale = tl.div_rn(spread * clip_ratio, (CODE_MAX - CODE_MIN) * 0.5)
     scale = tl.where(low == high, peak, scale)
     scale = tl.where(peak < _TINY, 1.0, scale)
     scale = tl.where(broken, float("nan"), scale)
@@ -48,7 +50,7 @@ def grid_parameters(
     if SYMMETRIC:
         zero = tl.zeros_like(peak).to(tl.int32)
     else:
-        steps = round_even(tl.minimum(low, 0.0) * inverse)
+        steps = round_even(tl.minimum(low, 0.0) * clip_ratio * inverse)
         zero = CODE_MIN - tl.where(broken, 0.0, steps).to(tl.int32)
     return scale, inverse, zero
 

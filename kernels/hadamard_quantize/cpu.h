@@ -9,6 +9,7 @@ namespace LOWBIT_ISA {
 struct Grid {
   int bits;
   bool symmetric, full_range;
+  float clip_ratio;
   int code_min() const { return -(1 << (bits - 1)) + (symmetric && !full_range); }
   int code_max() const { return (1 << (bits - 1)) - 1; }
 };
@@ -74,7 +75,7 @@ inline void hadamard_quantize(const Transform& t, const void* x, int type,
     for (size_t r = 0; r < m; ++r) {
       const char* from = static_cast<const char*>(x) + r * n * type_bytes(type);
       scale_and_transform(t, from, type, input_scale, n, work, row);
-      const Parameters p = grid_parameters(grid, range_of(row, n), 1.0f);
+      const Parameters p = grid_parameters(grid, range_of(row, n), grid.clip_ratio);
       scale[r] = p.scale;
       zero_point[r] = p.zero_point;
       grid_encode(grid, p, row, n, codes + r * n);

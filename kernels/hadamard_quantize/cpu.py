@@ -19,13 +19,14 @@ def hadamard_quantize(
     stride: int,
     bits: int,
     symmetric: bool,
+    clip_ratio: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference, bit for bit.
 
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    IntGrid(bits, symmetric)
+    IntGrid(bits, symmetric, clip_ratio=clip_ratio)
     m, n = matrix_shape(x, "x")
     check_blocks(n, order, stride)
     if not x.is_contiguous():
@@ -42,6 +43,7 @@ def hadamard_quantize(
         n,
         bits,
         symmetric,
+        clip_ratio,
         codes.data_ptr(),
         scale.data_ptr(),
         zero_point.data_ptr(),

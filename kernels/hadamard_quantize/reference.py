@@ -33,6 +33,7 @@ def hadamard_quantize(
     stride: int,
     bits: int,
     symmetric: bool,
+    clip_ratio: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scale and transform each token, then quantize it on its own dynamic grid.
 
@@ -46,15 +47,17 @@ def hadamard_quantize(
         stride: elements between neighbours of one transform.
         bits: code width, 2 to 8.
         symmetric: codes around zero, or affine (see ``grid.py``).
+        clip_ratio: fraction of each token's range that is kept.
 
     Returns:
         codes int8 ``[tokens, n]``, scale float32 ``[tokens, 1]`` and zero_point
         int32 ``[tokens, 1]``.
 
     Raises:
-        ValueError: for an unsupported width or order.
+        ValueError: for an unsupported width, order or clip_ratio.
     """
-    return IntGrid(bits, symmetric).quantize(transform(x, input_scale, order, stride))
+    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio)
+    return grid.quantize(transform(x, input_scale, order, stride))
 
 
 def rms_norm_hadamard_quantize(
@@ -66,6 +69,7 @@ def rms_norm_hadamard_quantize(
     stride: int,
     bits: int,
     symmetric: bool,
+    clip_ratio: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`hadamard_quantize` of the RMS-normalised x, which stays in float32.
 
@@ -74,12 +78,15 @@ def rms_norm_hadamard_quantize(
         weight: float ``[n]``, of the norm (Zhang and Sennrich, Root Mean Square Layer
             Normalization, 2019).
         epsilon: added to the mean of squares.
-        input_scale, order, stride, bits, symmetric: as in hadamard_quantize.
+        input_scale, order, stride, bits, symmetric, clip_ratio: as in
+            hadamard_quantize.
     """
     values = x.float()
     factor = torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
     normed = values * factor * weight.float()
-    return hadamard_quantize(normed, input_scale, order, stride, bits, symmetric)
+    return hadamard_quantize(
+        normed, input_scale, order, stride, bits, symmetric, clip_ratio
+    )
 
 
 def swiglu_hadamard_quantize(
@@ -89,14 +96,18 @@ def swiglu_hadamard_quantize(
     stride: int,
     bits: int,
     symmetric: bool,
+    clip_ratio: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`hadamard_quantize` of ``silu(gate) * up``, which stays in float32.
 
     Args:
         x: ``[tokens, 2 n]``: gate, then up (Shazeer, GLU Variants Improve
             Transformer, 2020).
-        input_scale, order, stride, bits, symmetric: as in hadamard_quantize.
+        input_scale, order, stride, bits, symmetric, clip_ratio: as in
+            hadamard_quantize.
     """
     gate, up = x.float().chunk(2, dim=-1)
     gated = torch.nn.functional.silu(gate) * up
-    return hadamard_quantize(gated, input_scale, order, stride, bits, symmetric)
+    return hadamard_quantize(
+        gated, input_scale, order, stride, bits, symmetric, clip_ratio
+    )

@@ -48,13 +48,14 @@ def hadamard_quantize(
     stride: int,
     bits: int,
     symmetric: bool,
+    clip_ratio: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference, within the bounds above.
 
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    call = _Call(order, stride, False, IntGrid(bits, symmetric))
+    call = _Call(order, stride, False, IntGrid(bits, symmetric, clip_ratio=clip_ratio))
     return _quantized(call.run(x, input_scale))
 
 
@@ -67,13 +68,16 @@ def rms_norm_hadamard_quantize(
     stride: int,
     bits: int,
     symmetric: bool,
+    clip_ratio: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference of this name, within the bounds above.
 
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    call = _Call(order, stride, False, IntGrid(bits, symmetric), RMS_NORM)
+    call = _Call(
+        order, stride, False, IntGrid(bits, symmetric, clip_ratio=clip_ratio), RMS_NORM
+    )
     return _quantized(call.run(x, input_scale, weight, epsilon))
 
 
@@ -84,13 +88,16 @@ def swiglu_hadamard_quantize(
     stride: int,
     bits: int,
     symmetric: bool,
+    clip_ratio: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference of this name, within the bounds above.
 
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    call = _Call(order, stride, False, IntGrid(bits, symmetric), SWIGLU)
+    call = _Call(
+        order, stride, False, IntGrid(bits, symmetric, clip_ratio=clip_ratio), SWIGLU
+    )
     return _quantized(call.run(x, input_scale))
 
 
@@ -207,6 +214,7 @@ class _Call:
             out if zero_point is None else zero_point,
             x.stride(0),
             epsilon,
+            1.0 if self.grid is None else self.grid.clip_ratio,
             n,
             BLOCK=_ROW_BLOCK,
             num_warps=8,
@@ -237,6 +245,7 @@ class _Call:
             out if zero_point is None else zero_point,
             x.stride(0),
             epsilon,
+            1.0 if self.grid is None else self.grid.clip_ratio,
             before,
             after,
             N=n,

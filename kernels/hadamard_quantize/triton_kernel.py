@@ -44,6 +44,7 @@ def tile_kernel(
     zero_ptr,
     x_stride,
     epsilon,
+    clip_ratio,
     before,
     after,
     N: tl.constexpr,
@@ -93,7 +94,7 @@ def tile_kernel(
         odd = tl.where(mask & ~(tl.abs(x) < infinity), 1, 0)
         broken = tl.max(tl.max(odd, axis=1), axis=0) > 0
         scale, inverse, zero = grid_parameters(
-            low, high, broken, CODE_MIN, CODE_MAX, SYMMETRIC
+            low, high, broken, clip_ratio, CODE_MIN, CODE_MAX, SYMMETRIC
         )
         tl.store(scale_ptr + token, scale)
         tl.store(zero_ptr + token, zero)
@@ -111,6 +112,7 @@ def row_kernel(
     zero_ptr,
     x_stride,
     epsilon,
+    clip_ratio,
     N,
     PROLOGUE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -171,7 +173,7 @@ def row_kernel(
         broken = tl.max(odd, axis=0) > 0
         low, high = tl.min(lows, axis=0), tl.max(highs, axis=0)
         scale, inverse, zero = grid_parameters(
-            low, high, broken, CODE_MIN, CODE_MAX, SYMMETRIC
+            low, high, broken, clip_ratio, CODE_MIN, CODE_MAX, SYMMETRIC
         )
         tl.store(scale_ptr + token, scale)
         tl.store(zero_ptr + token, zero)

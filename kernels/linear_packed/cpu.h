@@ -9,10 +9,10 @@ namespace LOWBIT_ISA {
 
 template <int BITS>
 void linear_packed(const Transform& t, const float* input_scale, const Weight& w,
-                   const void* x, int x_type, size_t m, int activation_bits,
-                   bool symmetric, int type, void* out) {
+                   const void* x, int x_type, size_t m, const Grid& grid,
+                   int type, void* out) {
   static thread_local Scratch values, scales, zeros;
-  if (activation_bits == 16) {
+  if (grid.bits == 16) {
     if (t.order > 1 || input_scale != nullptr) {
       float* y = values.take<float>(m * w.k);
       hadamard(t, x, x_type, input_scale, m, w.k, y);
@@ -25,7 +25,6 @@ void linear_packed(const Transform& t, const float* input_scale, const Weight& w
   int8_t* codes = values.take<int8_t>(m * w.k);
   float* scale = scales.take<float>(m);
   int32_t* zero_point = zeros.take<int32_t>(m);
-  const Grid grid{activation_bits, symmetric, false};
   hadamard_quantize(t, x, x_type, input_scale, m, w.k, grid, codes, scale, zero_point);
   const IntegerRows rows{codes, scale, zero_point};
   linear<BITS>(rows, w, m, type, out);

@@ -33,6 +33,7 @@ def linear_packed(
     n: int,
     weight_bits: int,
     out_dtype: torch.dtype,
+    clip_ratio: float = 1.0,
 ) -> torch.Tensor:
     """Transform x, quantize it unless activation_bits is 16, and multiply.
 
@@ -48,6 +49,7 @@ def linear_packed(
         n: output channels.
         weight_bits: of the weight.
         out_dtype: of the result ``[tokens, n]``.
+        clip_ratio: of the activations' grid.
 
     Raises:
         ValueError: for arguments of another form, or sums that might not fit int32.
@@ -56,7 +58,9 @@ def linear_packed(
     check_blocks(k, order, stride)
     code_max = DIGIT_MAX
     if activation_bits != 16:
-        code_max = IntGrid(activation_bits, symmetric).max_difference
+        code_max = IntGrid(
+            activation_bits, symmetric, clip_ratio=clip_ratio
+        ).max_difference
     packed = PackedWeight(weight, weight_scale, weight_zero, weight_sum)
     arguments = arguments_of(packed, n, k, weight_bits, code_max)
     if not x.is_contiguous():
@@ -73,6 +77,7 @@ def linear_packed(
         m,
         activation_bits,
         symmetric,
+        clip_ratio,
         type_code(out_dtype, "out_dtype"),
         out.data_ptr(),
     )

@@ -106,11 +106,18 @@ def test_hadamard(isa: str, rows: Rows, transpose: bool) -> None:
     assert_equal(actual, expected)
 
 
-@given(rows=all_rows, bits=st.integers(2, 8), symmetric=st.booleans())
+@given(
+    rows=all_rows,
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    clip_ratio=st.sampled_from([1.0, 0.9, 0.5]),
+)
 @settings(max_examples=80)
-def test_hadamard_quantize(isa: str, rows: Rows, bits: int, symmetric: bool) -> None:
+def test_hadamard_quantize(
+    isa: str, rows: Rows, bits: int, symmetric: bool, clip_ratio: float
+) -> None:
     x, scale = rows.draw()
-    arguments = x, scale, rows.order, rows.stride, bits, symmetric
+    arguments = x, scale, rows.order, rows.stride, bits, symmetric, clip_ratio
     expected = reference.hadamard_quantize(*arguments)
     with library.force_isa(isa):
         assert_all_equal(cpu.hadamard_quantize(*arguments), expected)

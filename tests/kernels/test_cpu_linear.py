@@ -289,7 +289,10 @@ def packed_arguments(
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 @pytest.mark.parametrize("order", [1, 64])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_whole_linear(isa: str, bits: int, order: int, scaled: bool) -> None:
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.9])
+def test_whole_linear(
+    isa: str, bits: int, order: int, scaled: bool, clip_ratio: float
+) -> None:
     """Transform, quantization and product in one call."""
     weight = draw_weight(40, 192, 3, 4, symmetric=False)
     x = torch.randn(7, 192).bfloat16()
@@ -297,12 +300,12 @@ def test_whole_linear(isa: str, bits: int, order: int, scaled: bool) -> None:
     scale = torch.rand(192) + 0.5 if scaled else None
     rest = packed_arguments(weight, bits, False, torch.bfloat16, order)
     with library.force_isa(isa):
-        actual = linear_packed(x, scale, *rest)
+        actual = linear_packed(x, scale, *rest, clip_ratio)
     if bits == 16:
         plain = x if order == 1 and not scaled else transform(x, scale, order, 1)
         expected = weight.weight_only(plain, torch.bfloat16)
     else:
-        rows = hadamard_quantize(x, scale, order, 1, bits, False)
+        rows = hadamard_quantize(x, scale, order, 1, bits, False, clip_ratio)
         expected = weight.integer(*rows, dtype=torch.bfloat16)
     assert_equal(actual, expected, x)
 

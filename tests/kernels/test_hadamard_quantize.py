@@ -60,6 +60,29 @@ def test_without_transform_it_is_the_grid(
             assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_clipped_range_ends_in_the_outermost_codes(symmetric: bool) -> None:
+    x, grid = torch.randn(50, 448), IntGrid(4, symmetric)
+    codes, scale, zero_point = hadamard_quantize(x, None, 1, 1, 4, symmetric, 0.8)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    spread = torch.maximum(high, -low) / 7 if symmetric else (high - low) / 15
+    torch.testing.assert_close(scale, 0.8 * spread)
+    least = (grid.code_min - zero_point) * scale
+    most = (grid.code_max - zero_point) * scale
+    nearest = x.clamp(least, most)
+    values = decode(codes, scale, zero_point)
+    assert ((values - nearest).abs() <= 0.501 * scale).all()
+    # A little clipping is a smaller error than none.
+    whole = decode(*hadamard_quantize(x, None, 1, 1, 4, symmetric))
+    assert (values - x).square().mean() < (whole - x).square().mean()
+
+
+@pytest.mark.parametrize("clip_ratio", [0.0, -1.0, 1.5, float("nan")])
+def test_clip_ratios_that_do_not_exist(clip_ratio: float) -> None:
+    with pytest.raises(ValueError, match="clip_ratio must be above 0 and at most 1"):
+        hadamard_quantize(torch.ones(1, 4), None, 1, 1, 4, True, clip_ratio)
+
+
 def test_input_scale_comes_before_the_transform() -> None:
     x, input_scale = torch.randn(3, 80), torch.rand(80) + 0.5
     before = float64_hadamard.hadamard(x.double() * input_scale, 80)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.schema import scheme_from_name
+from vllm_lowbit.schema import Scheme, scheme_from_name
 
 pytestmark = pytest.mark.live
 
@@ -52,6 +52,7 @@ def differences(engine: Any, score: Any, model: str, prompts: list[str]) -> Any:
     [
         ("w4a4kv4", 16, {**ROTATIONS, **KEYS}),
         ("w4a4kv4", 8, {}),
+        (scheme_from_name("w4a4", clip_ratio=0.85), 16, ROTATIONS),
         ("w4a16-g128", 8, ROTATIONS),
         ("w2a16-g64", 16, {}),
         ("w6a6", 16, ROTATIONS),
@@ -64,13 +65,16 @@ def test_scheme(
     lowbit_checkpoint: Any,
     model: str,
     tmp_path: Path,
-    scheme: str,
+    scheme: str | Scheme,
     vocab_bits: int,
     rotations: dict[str, Any],
 ) -> None:
-    directory = lowbit_checkpoint(tmp_path, model, scheme, vocab_bits, **rotations)
+    if isinstance(scheme, str):
+        scheme = scheme_from_name(scheme, vocab_bits=vocab_bits)
+    chosen = scheme.model_dump()
+    directory = lowbit_checkpoint(tmp_path, model, chosen, vocab_bits, **rotations)
     reference = served_checkpoint(directory)
-    assert reference.scheme_name == scheme
+    assert reference.scheme_name == scheme.name
     # None: the checkpoint itself says how it is quantized.
     apart, _ = differences(reference, directory, quantization=None)
     assert apart.abs().max() < EPS

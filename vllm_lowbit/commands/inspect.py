@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import CheckpointError
+from ..schema import clipped
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def _linears(found: "Inspection") -> Table:
         activations = "unquantized"
         if linear.activation_bits != 16:
             kind = _kind(linear.activation_symmetric)
-            activations = f"int{linear.activation_bits} {kind}"
+            clip = clipped(linear.activation_clip_ratio)
+            activations = f"int{linear.activation_bits} {kind}{clip}"
             table.caption = "activations have a scale per token"
         table.add_row(name, weights, per, activations, linear.online_rotation or "none")
     return table

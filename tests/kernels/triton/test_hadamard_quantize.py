@@ -38,7 +38,7 @@ def check(actual: Result, expected: Result, values: torch.Tensor, grid: IntGrid)
         return (steps - steps.floor() - 0.5).abs() <= bound
 
     inverse = 1.0 / expected[1]
-    low = values.amin(1, keepdim=True).clamp(max=0.0)
+    low = values.amin(1, keepdim=True).clamp(max=0.0) * grid.clip_ratio
     moved = zero_point - expected[2]
     assert bool(((moved == 0) | (near_a_tie(low * inverse) & (moved.abs() == 1))).all())
     differs = codes.int() - expected[0].int()
@@ -73,9 +73,10 @@ def test_without_transform_every_bit_is_equal(
     bits: int, symmetric: bool, n: int, dtype: torch.dtype, assert_same_bits: object
 ) -> None:
     x = activations(5, n, dtype)
-    for input_scale in (None, torch.rand(n) + 0.5):
-        actual = triton.hadamard_quantize(x, input_scale, 1, 1, bits, symmetric)
-        expected = reference.hadamard_quantize(x, input_scale, 1, 1, bits, symmetric)
+    for input_scale, clip_ratio in ((None, 1.0), (torch.rand(n) + 0.5, 0.9)):
+        arguments = (x, input_scale, 1, 1, bits, symmetric, clip_ratio)
+        actual = triton.hadamard_quantize(*arguments)
+        expected = reference.hadamard_quantize(*arguments)
         for a, b in zip(actual, expected, strict=True):
             assert_same_bits(a, b)  # type: ignore[operator]
 
@@ -153,9 +154,9 @@ def test_transform_and_its_inverse(order: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_fused_prologues(order: int, symmetric: bool) -> None:
     n = max(512, order)
-    grid = IntGrid(4, symmetric)
+    grid = IntGrid(4, symmetric, clip_ratio=0.9)
     x, weight = activations(2, n), torch.rand(n).bfloat16() + 0.5
-    rest = (None, order, 1, 4, symmetric)
+    rest = (None, order, 1, 4, symmetric, 0.9)
     v = x.float()
     normed = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5) * weight.float()
     check(
