@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_lowbit.calibrate.perplexity import perplexity, tokenize
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.schema import SCHEME_NAMES, scheme_from_name
 
 from .environment import as_line, describe
@@ -45,12 +45,12 @@ def main() -> None:
     _write(rows, arguments.max_tokens, arguments.seq_len)
 
 
-def _reference(directory: str, name: str) -> ReferenceLlama:
+def _reference(directory: str, name: str) -> ReferenceModel:
     if name == "float":
-        return ReferenceLlama(directory, None)
+        return ReferenceModel(directory, None)
     scheme, _, symmetric = name.partition(",")
     config = load_time_config(directory, scheme_from_name(scheme, bool(symmetric)))
-    return ReferenceLlama(directory, config)
+    return ReferenceModel(directory, config)
 
 
 def _write(rows: dict[str, dict[str, float]], tokens: int, seq_len: int) -> None:

@@ -51,7 +51,7 @@ def write_checkpoint(directory: Path) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from vllm_lowbit.architecture import LlamaShape
+    from vllm_lowbit.architecture import ModelShape
     from vllm_lowbit.calibrate.writer import CheckpointWriter
     from vllm_lowbit.checkpoint import TensorSpec
     from vllm_lowbit.kernels.packing import pack
@@ -66,7 +66,7 @@ def write_checkpoint(directory: Path) -> int:
         **LARGE,
     ).to_dict()
     config = LowbitConfig(scheme=scheme_from_name(SCHEME), rotations=Rotations())
-    shape = LlamaShape.from_config(model, "config")
+    shape = ModelShape.from_config(model, "config")
     specs = {
         name: TensorSpec(spec.dtypes[:1], spec.shape)
         for name, spec in expected_tensors(shape, config).items()

@@ -54,7 +54,7 @@ def write_model(directory: Path, sizes: dict[str, int], shards: int) -> int:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from vllm_lowbit.architecture import LlamaShape
+    from vllm_lowbit.architecture import ModelShape
 
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -64,7 +64,7 @@ def write_model(directory: Path, sizes: dict[str, int], shards: int) -> int:
         **sizes,
     )
     config.save_pretrained(directory)
-    shapes = LlamaShape.from_config(config.to_dict(), "config").tensors()
+    shapes = ModelShape.from_config(config.to_dict(), "config").tensors()
     names = sorted(shapes)
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
@@ -145,11 +145,11 @@ def _anonymous(root: psutil.Process) -> int:
 def quantized_bytes(sizes: dict[str, int]) -> int:
     """Bytes the server holds: a byte per linear weight (the portable backend keeps
     4-bit codes in int8), float32 scales, 16-bit vocabulary and norms."""
-    from vllm_lowbit.architecture import LlamaShape
+    from vllm_lowbit.architecture import ModelShape
 
     config = {"architectures": ["LlamaForCausalLM"], **sizes}
     total = 0
-    for name, shape in LlamaShape.from_config(config, "config").tensors().items():
+    for name, shape in ModelShape.from_config(config, "config").tensors().items():
         linear = "_proj" in name
         total += _numel(shape) if linear else 2 * _numel(shape)
         total += 4 * sum(shape) if linear else 0

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .layer import LayerModels, Streams, Tensors
-from .llama import RESIDUAL_STAGES, LlamaStages
 from .record import CalibrationRecord
+from .stages import RESIDUAL_STAGES, DecoderStages
 from .training import Group, Training, minimise
 
 
@@ -72,7 +72,7 @@ class Block:
         minimise(loss_of, groups, training, record, progress)
 
 
-def through(model: LlamaStages, weights: Tensors, x: torch.Tensor) -> torch.Tensor:
+def through(model: DecoderStages, weights: Tensors, x: torch.Tensor) -> torch.Tensor:
     """The residual stream x after a layer."""
     for stage in RESIDUAL_STAGES:
         x = model.update(stage, weights, x)

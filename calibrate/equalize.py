@@ -10,7 +10,7 @@ one size, as in SmoothQuant (Xiao et al., 2023) at alpha = 0.5, with rms for max
 
 import torch
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 
 # Beyond this a channel is as good as dead, and its scale would be noise.
 LARGEST = 2.0**12
@@ -42,7 +42,7 @@ def up_scale(power: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 
 def value_scale(
-    power: torch.Tensor, out: torch.Tensor, shape: LlamaShape
+    power: torch.Tensor, out: torch.Tensor, shape: ModelShape
 ) -> torch.Tensor:
     """As :func:`up_scale` between v_proj and o_proj: ``[num_kv_heads * head_dim]``.
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..errors import ConfigError
 from ..kernels.grid import IntGrid
 from ..kernels.quantize_weight.reference import quantize_weight
-from .llama import STAGES
 from .recipe import Recipe
 from .recipe_sections import GPTQ_METHODS
+from .stages import STAGES
 from .vocabulary import ROWS
 
 CHUNK_TOKENS = 4096
@@ -160,7 +160,7 @@ class Estimator:
 
     def __init__(
         self,
-        shape: LlamaShape,
+        shape: ModelShape,
         recipe: Recipe,
         windows: int,
         output: int,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import TensorSpec, open_shard
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..inspection import read_checkpoint
@@ -41,7 +41,7 @@ class LowbitSource:
     """
 
     directory: Path
-    shape: LlamaShape
+    shape: ModelShape
     config: LowbitConfig
     stored: Mapping[str, TensorEntry]
 
@@ -108,7 +108,7 @@ def export(
 
 
 def _refuse_damage(
-    checkpoint: Path, shape: LlamaShape, config: LowbitConfig, progress: Progress
+    checkpoint: Path, shape: ModelShape, config: LowbitConfig, progress: Progress
 ) -> None:
     def update(done: int, total: int) -> None:
         progress(done, total, "verifying")

@@ -9,10 +9,10 @@ import torch
 from ..kernels.grid import IntGrid
 from ..schema import Scheme
 from .gptq import Compensation, GPTQOptions, Hessian, gptq
-from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
 from .quantize import Add, QuantizedMatrix, round_to_nearest
 from .recipe_sections import WeightMethod
 from .scratch import Scratch
+from .stages import RESIDUAL_STAGES, STAGES, DecoderStages
 
 Tensors = dict[str, torch.Tensor]
 
@@ -67,8 +67,8 @@ class LayerModels:
         scratch: where hidden states and weights are kept.
     """
 
-    served: LlamaStages
-    plain: LlamaStages
+    served: DecoderStages
+    plain: DecoderStages
     scratch: Scratch = field(default_factory=Scratch)
 
     def advance(
@@ -184,7 +184,7 @@ class StageQuantizer:
         return QuantizedLayer(linears, floats)
 
     def _updated(
-        self, model: LlamaStages, weights: Tensors, x: torch.Tensor
+        self, model: DecoderStages, weights: Tensors, x: torch.Tensor
     ) -> torch.Tensor:
         """The stream between attention and MLP."""
         parts = (model.update("o_input", weights, p) for p in x.split(self.chunk))

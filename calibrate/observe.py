@@ -18,7 +18,7 @@ from ..kernels.grid import decode
 from ..kernels.hadamard_quantize.reference import transform
 from ..schema import Activations, KVCache, LowbitConfig, Rotations
 from .qsur import SecondMoment, log_qsur
-from .reference_model import ReferenceLlama
+from .reference_model import ReferenceModel
 from .reference_weights import QuantizedLinear
 
 BLOCKS = ("self_attn", "mlp")
@@ -113,14 +113,14 @@ class _Model:
         errors: of the blocks so far.
     """
 
-    whole: ReferenceLlama
-    weights_only: ReferenceLlama
+    whole: ReferenceModel
+    weights_only: ReferenceModel
     rotation: torch.Tensor | None
     streams: list[torch.Tensor]
     errors: dict[str, BlockError] = field(default_factory=dict)
 
     def output(
-        self, model: ReferenceLlama, block: str, stream: torch.Tensor
+        self, model: ReferenceModel, block: str, stream: torch.Tensor
     ) -> torch.Tensor:
         """The block's output for a stream, both in the base model's basis."""
         if self.rotation is None:
@@ -148,7 +148,7 @@ def observe(
         ConfigError: when the checkpoint is not quantized, or of another model.
         CheckpointError, UnsupportedError: for files that cannot be run.
     """
-    plain, quantized = ReferenceLlama(base), ReferenceLlama(checkpoint)
+    plain, quantized = ReferenceModel(base), ReferenceModel(checkpoint)
     if quantized.config is None:
         raise ConfigError(f"{checkpoint}: is not quantized; a report compares one")
     if plain.shape != quantized.shape:
@@ -181,7 +181,7 @@ def observe(
 
 
 def _model(
-    model: ReferenceLlama, rotation: torch.Tensor | None, streams: list[torch.Tensor]
+    model: ReferenceModel, rotation: torch.Tensor | None, streams: list[torch.Tensor]
 ) -> _Model:
     assert model.config is not None
     scheme = model.config.scheme.model_copy(
@@ -202,14 +202,14 @@ def _quantized(linears: Linears) -> Iterator[tuple[str, QuantizedLinear]]:
         yield name, linear
 
 
-def _rounded(base: str, config: LowbitConfig) -> ReferenceLlama:
+def _rounded(base: str, config: LowbitConfig) -> ReferenceModel:
     """The base model on the checkpoint's grids, without transforms."""
     scheme = config.scheme.model_copy(update={"vocab_bits": 16})
-    return ReferenceLlama(base, LowbitConfig(scheme=scheme, rotations=Rotations()))
+    return ReferenceModel(base, LowbitConfig(scheme=scheme, rotations=Rotations()))
 
 
 def _rotation(
-    plain: ReferenceLlama, quantized: ReferenceLlama, checkpoint: str, base: str
+    plain: ReferenceModel, quantized: ReferenceModel, checkpoint: str, base: str
 ) -> torch.Tensor | None:
     """The orthogonal matrix from one residual stream to the other, None for none.
 
@@ -257,7 +257,7 @@ def _add_errors(
 
 
 def _places(
-    plain: ReferenceLlama,
+    plain: ReferenceModel,
     model: _Model,
     block: str,
     streams: list[torch.Tensor],
@@ -288,7 +288,7 @@ def _places(
 
 
 def _inputs_of(
-    model: ReferenceLlama, block: str, streams: list[torch.Tensor]
+    model: ReferenceModel, block: str, streams: list[torch.Tensor]
 ) -> dict[str, list[torch.Tensor]]:
     """What each linear of a block reads, of every window."""
     seen: dict[str, list[torch.Tensor]] = {}

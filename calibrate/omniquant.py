@@ -18,10 +18,10 @@ from ..kernels.quantize_weight.reference import best_clip
 from ..schema import Scheme
 from .block import Block
 from .layer import LayerModels, QuantizedLayer, Streams, Tensors
-from .llama import LINEARS
 from .quantize import QuantizedMatrix
 from .recipe_sections import OmniQuant as Settings
 from .record import CalibrationRecord
+from .stages import LINEARS
 from .straight_through import on_grid, rounded, stored_as
 from .training import Group, Training
 from .transforms import LayerTransforms, Orthogonal, fold_layer

@@ -28,7 +28,6 @@ from .layer import LayerModels, QuantizedLayer, StageQuantizer, Streams, layer_e
 from .learn.end_to_end import learn_transforms
 from .learn.parameters import Learned
 from .learn.snapshot import Snapshot
-from .llama import RESIDUAL_STAGES, STAGES, LlamaStages
 from .omniquant import OmniQuant, OmniQuantOptions
 from .plan import Transforms, online, plan
 from .publish import Losses, Report, publish
@@ -38,6 +37,7 @@ from .refine import LearnedLayer, RefinedModel, refine_layer, refine_model
 from .scratch import Scratch
 from .smooth import smooth_scales
 from .source import Source
+from .stages import RESIDUAL_STAGES, STAGES, DecoderStages
 from .text import calibration_windows
 from .transforms import LayerTransforms, fold_layer
 from .vocabulary import Vocabulary, plain_vocabulary, served_vocabulary
@@ -192,11 +192,11 @@ class Calibration:
         self.transforms = Transforms.of(self.shape, config.rotations)
         hf_config = LlamaConfig.from_pretrained(source.directory)
         served = online(config.scheme, self.transforms)
-        self.plain = LlamaStages(hf_config, self.shape, device=device)
+        self.plain = DecoderStages(hf_config, self.shape, device=device)
         rotated = replace(served, activations=None, kv4=False)
         self.models = LayerModels(
-            served=LlamaStages(hf_config, self.shape, served, device),
-            plain=LlamaStages(hf_config, self.shape, rotated, device),
+            served=DecoderStages(hf_config, self.shape, served, device),
+            plain=DecoderStages(hf_config, self.shape, rotated, device),
             scratch=scratch,
         )
         self.progress = progress

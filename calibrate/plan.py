@@ -8,7 +8,7 @@ import torch
 from ..architecture import (
     MIN_BLOCK,
     PARALLEL_SIZES,
-    LlamaShape,
+    ModelShape,
     check_scheme,
     order_per_shard,
 )
@@ -24,13 +24,13 @@ from ..schema import (
     Scheme,
     scheme_from_name,
 )
-from .llama import Online
 from .recipe import Recipe
+from .stages import Online
 from .transforms import LayerTransforms, SignedHadamard
 
 
 def plan(
-    shape: LlamaShape, recipe: Recipe, source: str, provenance: Provenance
+    shape: ModelShape, recipe: Recipe, source: str, provenance: Provenance
 ) -> LowbitConfig:
     """The checkpoint's config.
 
@@ -55,7 +55,7 @@ def plan(
 
 
 def _rotations(
-    shape: LlamaShape, recipe: Recipe, scheme: Scheme, source: str
+    shape: ModelShape, recipe: Recipe, scheme: Scheme, source: str
 ) -> Rotations:
     chosen, head_dim = recipe.transforms, shape.head_dim
     residual = value = key = down = None
@@ -142,7 +142,7 @@ class Transforms:
     head_dim: int
 
     @classmethod
-    def of(cls, shape: LlamaShape, rotations: Rotations) -> "Transforms":
+    def of(cls, shape: ModelShape, rotations: Rotations) -> "Transforms":
         """Build them, signs included, from what the config records."""
 
         def signed(rotation: Rotation | None, size: int) -> SignedHadamard | None:

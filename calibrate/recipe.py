@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..errors import ConfigError
 from ..schema import (
     DEFAULT_SCHEME,
@@ -122,7 +122,7 @@ class Recipe(StrictModel):
         transforms = self.transforms
         return transforms.rotations_are_learned or transforms.scales_are_learned
 
-    def sized(self, shape: LlamaShape) -> Self:
+    def sized(self, shape: ModelShape) -> Self:
         """This recipe with steps and tokens per step of learning filled in.
 
         At 7 billion parameters and above the published 100 steps of 32 x 2048 tokens;

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..architecture import LlamaShape, check_scheme, flag_only_rotations
+from ..architecture import ModelShape, check_scheme, flag_only_rotations
 from ..checkpoint import check_plain_checkpoint
 from ..errors import ConfigError
 from ..kernels.kv4_attention.generic import kv4_attention
@@ -39,14 +39,14 @@ def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
         UnsupportedError: as the server would.
     """
     source = f"{model}/config.json"
-    shape = LlamaShape.from_config(read_config(model)[0], source)
+    shape = ModelShape.from_config(read_config(model)[0], source)
     check_scheme(shape, scheme, source)
     return LowbitConfig(
         scheme=scheme, rotations=flag_only_rotations(shape, scheme, source)
     )
 
 
-class ReferenceLlama:
+class ReferenceModel:
     """Llama forward over one sequence, or several side by side.
 
     Everything is computed in float32; what a server holds in its dtype between two
@@ -77,7 +77,7 @@ class ReferenceLlama:
     ) -> None:
         source = f"{model}/config.json"
         data, stored = read_quantization(model)
-        self.shape = LlamaShape.from_config(data, source)
+        self.shape = ModelShape.from_config(data, source)
         if stored is None:
             check_plain_checkpoint(model, self.shape)
         elif config is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import safetensors_files
 from ..kernels.grid import IntGrid
 from ..kernels.hadamard.signs import random_signs
@@ -171,7 +171,7 @@ class WeightReader:
     def __init__(
         self,
         directory: Path,
-        shape: LlamaShape,
+        shape: ModelShape,
         config: LowbitConfig | None,
         stored: LowbitConfig | ForeignFormat | None,
         dtype: torch.dtype,

@@ -15,11 +15,11 @@ from torch.nn import functional
 from .block import Block, through
 from .layer import QuantizedLayer, Tensors
 from .learn.loss import kl_top
-from .llama import LlamaStages
 from .quantize import QuantizedMatrix
 from .recipe import Recipe
 from .recipe_sections import Refine
 from .record import CalibrationRecord
+from .stages import DecoderStages
 from .straight_through import on_grid, stored_as
 from .training import Group, Training, minimise
 from .vocabulary import Vocabulary
@@ -118,7 +118,7 @@ class RefinedModel:
 
     def __init__(
         self,
-        models: tuple[LlamaStages, LlamaStages],
+        models: tuple[DecoderStages, DecoderStages],
         vocabularies: tuple[Vocabulary, Vocabulary],
         plain_weights: Sequence[Tensors],
         layers: Sequence[LearnedLayer],
@@ -138,7 +138,7 @@ class RefinedModel:
 
 
 def _logits(
-    model: LlamaStages,
+    model: DecoderStages,
     vocabulary: Vocabulary,
     layers: Sequence[Tensors],
     ids: torch.Tensor,

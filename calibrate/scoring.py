@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import check_plain_checkpoint
 from ..errors import CheckpointError, ConfigError
 from ..schema import LowbitConfig, scheme_from_name, shorten
@@ -18,7 +18,7 @@ from ..takeover.checkpoint import read_quantization
 from ..takeover.foreign import ForeignFormat
 from .offline_engine import offline_engine, prompt_losses
 from .perplexity import Scored, batches, negative_log_likelihood
-from .reference_model import ReferenceLlama, load_time_config
+from .reference_model import ReferenceModel, load_time_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Attention of the reference is quadratic in it, and the logits are in float64.
@@ -31,7 +31,7 @@ class Target:
     """A model; ``stored`` is its own quantization, ``chosen`` one for a plain model."""
 
     model: str
-    shape: LlamaShape
+    shape: ModelShape
     max_positions: int
     stored: LowbitConfig | ForeignFormat | None
     chosen: LowbitConfig | None
@@ -56,7 +56,7 @@ class Target:
             )
         data, stored = read_quantization(model)
         source = f"{model}/config.json"
-        shape = LlamaShape.from_config(data, source)
+        shape = ModelShape.from_config(data, source)
         # What transformers assumes where a config does not say.
         max_positions = data.get("max_position_embeddings", 2048)
         if type(max_positions) is not int:
@@ -155,7 +155,7 @@ def _reference(
     target: Target, longest: int, dtype: str, verbose: bool
 ) -> Iterator[tuple[str, LossesOf]]:
     dtype = "float32" if dtype == "auto" else dtype
-    model = ReferenceLlama(target.model, target.chosen, getattr(torch, dtype))
+    model = ReferenceModel(target.model, target.chosen, getattr(torch, dtype))
 
     def losses(sequences: Iterable[Scored]) -> Iterator[float]:
         for group in batches(sequences, REFERENCE_TOKENS):

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from .equalize import LARGEST
-from .llama import STAGES, LlamaStages
+from .stages import STAGES, DecoderStages
 from .transforms import LayerTransforms, Orthogonal
 
 _NORMS = {
@@ -23,7 +23,7 @@ _NORMS = {
 
 
 def smooth_scales(
-    model: LlamaStages,
+    model: DecoderStages,
     weights: Mapping[str, torch.Tensor],
     streams: tuple[torch.Tensor, torch.Tensor],
     residual: Orthogonal | None,
@@ -79,7 +79,7 @@ def smooth_scales(
     )
 
 
-def _group(shape: LlamaShape) -> int:
+def _group(shape: ModelShape) -> int:
     return shape.num_heads // shape.num_kv_heads
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import check_plain_checkpoint, safetensors_files
 from ..errors import ConfigError
 from ..lowbit_checkpoint import read_config
@@ -41,7 +41,7 @@ class Source:
     directory: Path
     name: str
     revision: str | None
-    shape: LlamaShape
+    shape: ModelShape
     files: dict[str, Path]
 
     @classmethod
@@ -64,7 +64,7 @@ class Source:
                 f"{source}: the checkpoint is already quantized by 'lowbit'; calibrate "
                 "its base model"
             )
-        shape = LlamaShape.from_config(config, source)
+        shape = ModelShape.from_config(config, source)
         check_plain_checkpoint(str(directory), shape)
         files: dict[str, Path] = {}
         for path in safetensors_files(directory):

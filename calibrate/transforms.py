@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..kernels.hadamard.generic import kronecker
 from ..kernels.hadamard.matrices import matrix
 
@@ -123,7 +123,7 @@ class LayerTransforms:
 
 def fold_layer(
     tensors: Mapping[str, torch.Tensor],
-    shape: LlamaShape,
+    shape: ModelShape,
     residual: Orthogonal | None,
     transforms: LayerTransforms,
     dtype: torch.dtype = torch.float64,
@@ -191,7 +191,7 @@ def _fold_norm(
     tensors[f"{norm}.weight"] = gamma if scale is None else gamma / scale
 
 
-def _fold_keys(tensors: Tensors, shape: LlamaShape, scale: torch.Tensor | None) -> None:
+def _fold_keys(tensors: Tensors, shape: ModelShape, scale: torch.Tensor | None) -> None:
     if scale is None:
         return
     # Half-split RoPE rotates element i with element i + head_dim / 2.
@@ -206,7 +206,7 @@ def _fold_keys(tensors: Tensors, shape: LlamaShape, scale: torch.Tensor | None) 
 
 
 def _fold_values(
-    tensors: Tensors, shape: LlamaShape, transforms: LayerTransforms
+    tensors: Tensors, shape: ModelShape, transforms: LayerTransforms
 ) -> None:
     group = shape.num_heads // shape.num_kv_heads
     scale, value, out = transforms.value_scale, transforms.value, "self_attn.o_proj"

@@ -32,7 +32,7 @@ settings.load_profile("lowbit")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _tiny_llama(
+def _tiny_model(
     directory: Path,
     shards: int = 1,
     dtype: str = "bfloat16",
@@ -91,13 +91,13 @@ def _save(directory: Path, tensors: dict[str, Any], shards: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama() -> Callable[..., Path]:
-    """Writes a random Llama checkpoint: ``tiny_llama(directory, shards=2, **config)``.
+def tiny_model() -> Callable[..., Path]:
+    """Writes a random checkpoint: ``tiny_model(directory, shards=2, **config)``.
 
     Other arguments: ``dtype``, and ``tokenizer=True`` to make it servable. Returns
     the directory. Weights are the same in every call with the same sizes.
     """
-    return _tiny_llama
+    return _tiny_model
 
 
 def _rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -216,7 +216,7 @@ def _lowbit_checkpoint(
 ) -> Path:
     from safetensors.torch import load_file, save_file
 
-    from vllm_lowbit.architecture import LlamaShape
+    from vllm_lowbit.architecture import ModelShape
     from vllm_lowbit.schema import LowbitConfig, scheme_from_name
 
     if isinstance(scheme, str):
@@ -224,7 +224,7 @@ def _lowbit_checkpoint(
     quantization = {"scheme": scheme, "rotations": rotations}
     config = LowbitConfig.parse(quantization, "lowbit_checkpoint")
     hf_config = json.loads((Path(source) / "config.json").read_text())
-    shape = LlamaShape.from_config(hf_config, "config.json")
+    shape = ModelShape.from_config(hf_config, "config.json")
     plain = load_file(Path(source) / "model.safetensors")
     floats = {name: tensor.float() for name, tensor in plain.items()}
     tensors = {

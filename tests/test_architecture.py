@@ -12,7 +12,7 @@ from vllm_lowbit.architecture import (
     MAX_LAYERS,
     MAX_SIZE,
     MIN_BLOCK,
-    LlamaShape,
+    ModelShape,
     check_scheme,
     flag_only_rotations,
 )
@@ -37,14 +37,14 @@ def config(**keys: Any) -> dict[str, Any]:
     return {k: v for k, v in {**base, **keys}.items() if v is not None}
 
 
-def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> LlamaShape:
+def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> ModelShape:
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
     }
-    return LlamaShape.from_config(config(**{**sizes, **keys}), "config.json")
+    return ModelShape.from_config(config(**{**sizes, **keys}), "config.json")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> LlamaShape
     ids=["gqa", "mha-default", "mha", "mqa", "head-dim", "qkvo-bias", "bias", "tied"],
 )
 def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
-    found = dataclasses.asdict(LlamaShape.from_config(config(**keys), "config.json"))
+    found = dataclasses.asdict(ModelShape.from_config(config(**keys), "config.json"))
     assert expected.items() <= found.items()
     assert (found["intermediate_size"], found["num_layers"]) == (768, 2)
     assert found["vocab_size"] == 1000
@@ -85,7 +85,7 @@ def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
 )
 def test_other_architectures(architectures: object) -> None:
     with pytest.raises(UnsupportedError) as error:
-        LlamaShape.from_config(config(architectures=architectures), "m/config.json")
+        ModelShape.from_config(config(architectures=architectures), "m/config.json")
     assert str(error.value) == (
         f"m/config.json: architectures {architectures!r} is not supported; "
         "supported: LlamaForCausalLM"
@@ -107,7 +107,7 @@ SIZES = (
 @pytest.mark.parametrize("value", [0, -1, True, 64.0, "64", [64], {}, 1 << 60])
 def test_impossible_size(key: str, value: object) -> None:
     with pytest.raises(UnsupportedError) as error:
-        LlamaShape.from_config(config(**{key: value}), "m/config.json")
+        ModelShape.from_config(config(**{key: value}), "m/config.json")
     largest = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
     assert str(error.value) == (
         f"m/config.json: {key} must be an integer from 1 to {largest}, got {value!r}"
@@ -119,21 +119,21 @@ def test_impossible_size(key: str, value: object) -> None:
 )
 def test_missing_size(key: str) -> None:
     with pytest.raises(UnsupportedError, match=f"config.json: {key} must be .*None"):
-        LlamaShape.from_config(config(**{key: None}), "config.json")
+        ModelShape.from_config(config(**{key: None}), "config.json")
 
 
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "tie_word_embeddings"])
 @pytest.mark.parametrize("value", ["false", 1, 0.0, []])
 def test_flag_is_a_boolean(key: str, value: object) -> None:
     with pytest.raises(UnsupportedError) as error:
-        LlamaShape.from_config(config(**{key: value}), "config.json")
+        ModelShape.from_config(config(**{key: value}), "config.json")
     message = f"config.json: {key} must be true or false, got {value!r}"
     assert str(error.value) == message
 
 
 def test_kv_heads_must_divide_heads() -> None:
     with pytest.raises(UnsupportedError) as error:
-        LlamaShape.from_config(config(num_key_value_heads=3), "config.json")
+        ModelShape.from_config(config(num_key_value_heads=3), "config.json")
     assert "num_attention_heads 4 is not a multiple of num_key_value_heads 3" in str(
         error.value
     )
@@ -158,7 +158,7 @@ JUNK = st.one_of(
 def test_any_config_is_read_or_refused(keys: dict[str, Any]) -> None:
     """Also whatever follows from it: bounded work, errors of one kind."""
     try:
-        read = LlamaShape.from_config({**config(), **keys}, "config.json")
+        read = ModelShape.from_config({**config(), **keys}, "config.json")
         check_scheme(read, W4A4KV4, "config.json")
         rotations = flag_only_rotations(read, W4A4KV4, "config.json")
     except UnsupportedError as error:
@@ -208,7 +208,7 @@ def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
     if keys.get("tie_word_embeddings"):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         del expected["lm_head.weight"]
-    read = LlamaShape.from_config(hf_config.to_dict(), "config.json")
+    read = ModelShape.from_config(hf_config.to_dict(), "config.json")
     assert read.tensors() == expected
 
 
@@ -227,7 +227,7 @@ MODELS = {
 }
 
 
-def check_placement(read: LlamaShape, rotations: Any) -> None:
+def check_placement(read: ModelShape, rotations: Any) -> None:
     """Every block divides what it transforms, also on each shard it allows."""
     hidden, heads = read.hidden_size, read.num_heads * read.head_dim
     intermediate = read.intermediate_size
@@ -322,7 +322,7 @@ def test_head_dim_without_a_hadamard_matrix() -> None:
     ],
 )
 def test_group_size_must_divide_every_input(keys: dict[str, int], named: str) -> None:
-    read = LlamaShape.from_config(config(**{"head_dim": 64, **keys}), "config.json")
+    read = ModelShape.from_config(config(**{"head_dim": 64, **keys}), "config.json")
     check_scheme(read, scheme_from_name("w4a16-g64"), "config.json")
     message = f"group_size 128 does not divide {named}$"
     with pytest.raises(UnsupportedError, match=message):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_lowbit.architecture import LlamaShape
+from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.checkpoint import INDEX, check_plain_checkpoint, safetensors_files
 from vllm_lowbit.errors import CheckpointError
 
@@ -23,14 +23,14 @@ FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory: Any, tiny_llama: Any) -> dict[str, Path]:
+def originals(tmp_path_factory: Any, tiny_model: Any) -> dict[str, Path]:
     """Sound checkpoints, built once and copied by each test."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {
-        "one": tiny_llama(root / "one"),
-        "two": tiny_llama(root / "two", shards=2),
-        "tied": tiny_llama(root / "tied", tie_word_embeddings=True),
-        "biased": tiny_llama(root / "biased", attention_bias=True, mlp_bias=True),
+        "one": tiny_model(root / "one"),
+        "two": tiny_model(root / "two", shards=2),
+        "tied": tiny_model(root / "tied", tie_word_embeddings=True),
+        "biased": tiny_model(root / "biased", attention_bias=True, mlp_bias=True),
     }
 
 
@@ -41,7 +41,7 @@ def copy(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 def check(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
-    shape = LlamaShape.from_config(config, "config.json")
+    shape = ModelShape.from_config(config, "config.json")
     check_plain_checkpoint(str(directory), shape)
 
 
@@ -69,9 +69,9 @@ def test_whole_checkpoint(name: str, originals: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_other_float_types(
-    dtype: str, tmp_path: Path, tiny_llama: Callable[..., Path]
+    dtype: str, tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    check(tiny_llama(tmp_path, dtype=dtype))
+    check(tiny_model(tmp_path, dtype=dtype))
 
 
 def test_tied_model_may_repeat_its_head(copy: Any, rewrite: Any) -> None:

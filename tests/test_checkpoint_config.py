@@ -22,12 +22,12 @@ ONLINE = {"apply": "online", "order": 128, "block": 128, "sign_seed": 1}
 
 @pytest.fixture(scope="module")
 def originals(
-    tmp_path_factory: Any, tiny_llama: Any, lowbit_checkpoint: Any
+    tmp_path_factory: Any, tiny_model: Any, lowbit_checkpoint: Any
 ) -> dict[str, Path]:
     """Sound checkpoints, built once and copied by each test that changes one."""
     root = tmp_path_factory.mktemp("lowbit")
-    plain = tiny_llama(root / "plain")
-    tied = tiny_llama(root / "tied-plain", tie_word_embeddings=True)
+    plain = tiny_model(root / "plain")
+    tied = tiny_model(root / "tied-plain", tie_word_embeddings=True)
     return {
         "default": lowbit_checkpoint(root / "default", plain),
         "grouped": lowbit_checkpoint(root / "grouped", plain, "w2a16-g64", 8),
@@ -111,12 +111,12 @@ def test_what_it_does_not_run(
 
 
 def test_group_size_of_another_model(
-    tiny_llama: Any,
+    tiny_model: Any,
     lowbit_checkpoint: Any,
     tmp_path: Path,
     engine_config: Any,
 ) -> None:
-    plain = tiny_llama(tmp_path / "plain", intermediate_size=192)
+    plain = tiny_model(tmp_path / "plain", intermediate_size=192)
     directory = lowbit_checkpoint(tmp_path / "lowbit", plain, "w4a16-g64")
     path = directory / "config.json"
     path.write_text(path.read_text().replace('"group_size": 64', '"group_size": 128'))

@@ -27,11 +27,11 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: Any, tiny_llama: Any, engine_config: Any) -> Iterator[Any]:
+def engine(tmp_path_factory: Any, tiny_model: Any, engine_config: Any) -> Iterator[Any]:
     """vLLM's config of a small tied model, set as the current one."""
     from vllm.config import set_current_vllm_config
 
-    directory = tiny_llama(
+    directory = tiny_model(
         tmp_path_factory.mktemp("layers"), tie_word_embeddings=True, **SIZES
     )
     config = engine_config(directory, dtype="float32")

@@ -123,9 +123,9 @@ def test_interrupt() -> None:
     ("hidden", "extra"), [("transformers", "calibrate"), ("vllm", "serve")]
 )
 def test_missing_package(
-    hidden: str, extra: str, tiny_llama: Any, tmp_path: Path
+    hidden: str, extra: str, tiny_model: Any, tmp_path: Path
 ) -> None:
-    model = tiny_llama(tmp_path / "model", tokenizer=True)
+    model = tiny_model(tmp_path / "model", tokenizer=True)
     (tmp_path / "text").write_text("The old house stood at the end of the lane.")
     words = ["evaluate", str(model), "--data", str(tmp_path / "text"), "--seq-len", "8"]
     done = script(SCRIPT, json.dumps([hidden]), *words, "--backend", "vllm")

@@ -127,13 +127,13 @@ def group_outlives(group: int, patience: float = 10) -> bool:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: Any, tiny_llama: Any, rewrite: Any) -> Path:
+def models(tmp_path_factory: Any, tiny_model: Any, rewrite: Any) -> Path:
     root = tmp_path_factory.mktemp("models")
-    tiny_llama(root / "sound", tokenizer=True)
-    tiny_llama(root / "incomplete", tokenizer=True, shards=2)
+    tiny_model(root / "sound", tokenizer=True)
+    tiny_model(root / "incomplete", tokenizer=True, shards=2)
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(root / "incomplete", lambda tensors: tensors.pop(name))
-    tiny_llama(root / "nan", tokenizer=True)
+    tiny_model(root / "nan", tokenizer=True)
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(root / "nan", lambda tensors: tensors[name][3, 5:6].fill_(float("nan")))
     (root / "gpt2").mkdir()

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_lowbit import cli
-from vllm_lowbit.architecture import LlamaShape
+from vllm_lowbit.architecture import ModelShape
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SIZES = {"order": 64, "block": 64}
@@ -44,8 +44,8 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("plain"))
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ class TestJson:
     def test_sizes(self, sound: Path) -> None:
         """From the shapes: int4 codes, one float32 scale per row, the rest bf16."""
         config = json.loads((sound / "config.json").read_text())
-        shapes = LlamaShape.from_config(config, "").tensors()
+        shapes = ModelShape.from_config(config, "").tensors()
         linears = [size for name, size in shapes.items() if "_proj.weight" in name]
         weights, rows = (sum(map(f, linears)) for f in (prod, lambda size: size[0]))
         parameters = sum(map(prod, shapes.values()))
@@ -174,9 +174,9 @@ class TestJson:
         }
 
     def test_groups_zero_points_and_biases(
-        self, tmp_path: Path, tiny_llama: Any, published_checkpoint: Any
+        self, tmp_path: Path, tiny_model: Any, published_checkpoint: Any
     ) -> None:
-        biased = tiny_llama(tmp_path / "plain", attention_bias=True, dtype="float16")
+        biased = tiny_model(tmp_path / "plain", attention_bias=True, dtype="float16")
         found = read(published_checkpoint(tmp_path, biased, scheme="w3a16-g64"))
         # 3 bits, and every 64 of them a float32 scale and an int8 zero point.
         assert found["bits_per_weight"]["linears"] == 3 + (32 + 8) / 64
@@ -189,9 +189,9 @@ class TestJson:
         assert found["rotations"] == {}
 
     def test_tied_vocabulary_in_8_bits(
-        self, tmp_path: Path, tiny_llama: Any, published_checkpoint: Any
+        self, tmp_path: Path, tiny_model: Any, published_checkpoint: Any
     ) -> None:
-        tied = tiny_llama(tmp_path / "plain", tie_word_embeddings=True)
+        tied = tiny_model(tmp_path / "plain", tie_word_embeddings=True)
         residual = {"apply": "online", "order": 128, "block": 128}
         out = published_checkpoint(tmp_path, tied, vocab_bits=8, residual=residual)
         found = read(out, "--verify")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_lowbit.architecture import LlamaShape, flag_only_rotations
+from vllm_lowbit.architecture import ModelShape, flag_only_rotations
 from vllm_lowbit.errors import CheckpointError
 from vllm_lowbit.kernels.grid import IntGrid, decode
 from vllm_lowbit.kernels.hadamard.generic import hadamard
@@ -61,15 +61,15 @@ def _seed() -> None:
 # Sizes whose cores are not symmetric, so that H and its transpose differ; a head
 # size apart from hidden / heads; grouped, multi-query and multi-head attention.
 SHAPES = {
-    "gqa": LlamaShape(224, 576, 1, 8, 2, 80, 64, True, True, False),
-    "mqa": LlamaShape(112, 448, 1, 6, 1, 64, 64, True, True, False),
-    "mha": LlamaShape(320, 160, 1, 4, 4, 96, 64, True, True, False),
-    "one head": LlamaShape(64, 96, 1, 1, 1, 128, 64, True, True, False),
+    "gqa": ModelShape(224, 576, 1, 8, 2, 80, 64, True, True, False),
+    "mqa": ModelShape(112, 448, 1, 6, 1, 64, 64, True, True, False),
+    "mha": ModelShape(320, 160, 1, 4, 4, 96, 64, True, True, False),
+    "one head": ModelShape(64, 96, 1, 1, 1, 128, 64, True, True, False),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def load_time_rotations(shape: LlamaShape) -> Rotations:
+def load_time_rotations(shape: ModelShape) -> Rotations:
     return flag_only_rotations(shape, scheme_from_name("w4a4kv4"), "config.json")
 
 
@@ -148,7 +148,7 @@ class TestFold:
     @every_shape
     @pytest.mark.parametrize("scaled", [False, True])
     @pytest.mark.parametrize("role", ["q_proj", "k_proj", "gate_proj", "down_proj"])
-    def test_roles_of_a_model(self, shape: LlamaShape, role: str, scaled: bool) -> None:
+    def test_roles_of_a_model(self, shape: ModelShape, role: str, scaled: bool) -> None:
         around = rotations_of(load_time_rotations(shape), role)
         assert around.online_input is not None
         name = next(n for n in shape.tensors() if n.endswith(f"{role}.weight"))
@@ -162,7 +162,7 @@ class TestFold:
     @every_shape
     @pytest.mark.parametrize("scaled", [False, True])
     def test_values_and_output_projection(
-        self, shape: LlamaShape, scaled: bool
+        self, shape: ModelShape, scaled: bool
     ) -> None:
         """The pair through attention: rotated values, mixed over tokens, undone."""
         rotations = load_time_rotations(shape)
@@ -200,7 +200,7 @@ class TestFold:
         assert_same_function(out, expected)
 
     @every_shape
-    def test_shards_see_the_same_transform(self, shape: LlamaShape) -> None:
+    def test_shards_see_the_same_transform(self, shape: ModelShape) -> None:
         """Any allowed tensor parallel size cuts between blocks, never through one."""
         rotations = load_time_rotations(shape)
         sizes = {

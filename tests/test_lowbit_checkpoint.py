@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.architecture import LlamaShape
+from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.errors import CheckpointError, ConfigError
 from vllm_lowbit.kernels.grid import IntGrid
 from vllm_lowbit.kernels.packing import pack
@@ -45,13 +45,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def originals(
-    tmp_path_factory: Any, tiny_llama: Any, lowbit_checkpoint: Any
+    tmp_path_factory: Any, tiny_model: Any, lowbit_checkpoint: Any
 ) -> dict[str, Path]:
     """Sound checkpoints, built once and copied by each test that changes one."""
     root = tmp_path_factory.mktemp("lowbit")
     return {
         name: lowbit_checkpoint(
-            root / name, tiny_llama(root / f"{name}-plain", **model), **checkpoint
+            root / name, tiny_model(root / f"{name}-plain", **model), **checkpoint
         )
         for name, (model, checkpoint) in CASES.items()
     }
@@ -65,7 +65,7 @@ def copy(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 def check(directory: Path) -> None:
     data, config = read_config(str(directory))
     assert config is not None
-    shape = LlamaShape.from_config(data, "config.json")
+    shape = ModelShape.from_config(data, "config.json")
     require_headers(directory, shape, config)
     Verification(directory).finish()
 
@@ -228,7 +228,7 @@ def test_config_that_says_otherwise(
 
 
 def test_every_scheme_has_its_tensors() -> None:
-    shape = LlamaShape(128, 256, 1, 2, 2, 64, 100, False, False, False)
+    shape = ModelShape(128, 256, 1, 2, 2, 64, 100, False, False, False)
     plain = shape.tensors()
     for name in SCHEME_NAMES:
         scheme = scheme_from_name(name)

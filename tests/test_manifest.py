@@ -24,8 +24,8 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("plain"))
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +160,12 @@ class TestSound:
     def test_every_kind_of_checkpoint(
         self,
         tmp_path: Path,
-        tiny_llama: Any,
+        tiny_model: Any,
         published_checkpoint: Any,
         model: dict[str, Any],
         arguments: dict[str, Any],
     ) -> None:
-        source = tiny_llama(tmp_path / "plain", **model)
+        source = tiny_model(tmp_path / "plain", **model)
         assert (
             problems(published_checkpoint(tmp_path / "out", source, **arguments)) == []
         )

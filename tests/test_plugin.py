@@ -255,9 +255,9 @@ class TestConfig:
             quant().maybe_update_config("some/model")
 
     def test_defects_stop_vllm_while_it_builds_its_config(
-        self, tmp_path: Path, tiny_llama: Any, rewrite: Any, engine_config: Any
+        self, tmp_path: Path, tiny_model: Any, rewrite: Any, engine_config: Any
     ) -> None:
-        directory = tiny_llama(tmp_path)
+        directory = tiny_model(tmp_path)
         resolved = engine_config(directory).quant_config.resolved
         assert resolved.scheme.name == "w4a4kv4"
         assert resolved.rotations.down_input.order == 32

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from vllm_lowbit.architecture import LlamaShape, flag_only_rotations
+from vllm_lowbit.architecture import ModelShape, flag_only_rotations
 from vllm_lowbit.errors import ConfigError
 from vllm_lowbit.rotations import check_rotations
 from vllm_lowbit.schema import LowbitConfig, Rotation, scheme_from_name
 
-SHAPE = LlamaShape(384, 1152, 2, 8, 2, 64, 512, False, False, False)
+SHAPE = ModelShape(384, 1152, 2, 8, 2, 64, 512, False, False, False)
 TIED = replace(SHAPE, tie_word_embeddings=True)
 
 
@@ -31,7 +31,7 @@ GOOD = {
 }
 
 
-def check(rotations: Any, shape: LlamaShape = SHAPE, scheme: str = "w4a4kv4") -> None:
+def check(rotations: Any, shape: ModelShape = SHAPE, scheme: str = "w4a4kv4") -> None:
     data = {"scheme": scheme_from_name(scheme).model_dump(), "rotations": rotations}
     check_rotations(shape, LowbitConfig.parse(data, "test"), "config.json")
 
@@ -126,7 +126,7 @@ def test_what_it_does_not(name: str, rotation: Any, message: str) -> None:
     [("online", SHAPE, "false", "folded"), ("folded", TIED, "true", "online")],
 )
 def test_residual_and_tied_embeddings(
-    apply: str, shape: LlamaShape, tied: str, supported: str
+    apply: str, shape: ModelShape, tied: str, supported: str
 ) -> None:
     message = f"rotations.residual: apply is {apply} and tie_word_embeddings {tied}; "
     with pytest.raises(ConfigError, match=f"{message}.*: {supported}$"):

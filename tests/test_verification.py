@@ -14,8 +14,8 @@ NORM = "model.norm.weight"
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, tiny_llama: Any, lowbit_checkpoint: Any) -> Path:
-    return lowbit_checkpoint(tmp_path / "out", tiny_llama(tmp_path / "plain"))
+def checkpoint(tmp_path: Path, tiny_model: Any, lowbit_checkpoint: Any) -> Path:
+    return lowbit_checkpoint(tmp_path / "out", tiny_model(tmp_path / "plain"))
 
 
 def _change(rewrite: Any, directory: Path, name: str) -> Path:

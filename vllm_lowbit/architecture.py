@@ -22,7 +22,7 @@ MAX_LAYERS = 1 << 12
 
 
 @dataclass(frozen=True)
-class LlamaShape:
+class ModelShape:
     """Sizes of a Llama-architecture model, in elements."""
 
     hidden_size: int
@@ -37,7 +37,7 @@ class LlamaShape:
     tie_word_embeddings: bool
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], source: str) -> "LlamaShape":
+    def from_config(cls, config: Mapping[str, Any], source: str) -> "ModelShape":
         """Read the sizes from a Hugging Face config.
 
         Args:
@@ -128,7 +128,7 @@ class LlamaShape:
         return names
 
 
-def check_scheme(shape: LlamaShape, scheme: Scheme, source: str) -> None:
+def check_scheme(shape: ModelShape, scheme: Scheme, source: str) -> None:
     """Raise UnsupportedError where the scheme does not fit the model's sizes."""
     group_size = scheme.weights.group_size
     if shape.head_dim < 2 or not exists(shape.head_dim):
@@ -153,7 +153,7 @@ def check_scheme(shape: LlamaShape, scheme: Scheme, source: str) -> None:
             )
 
 
-def flag_only_rotations(shape: LlamaShape, scheme: Scheme, source: str) -> Rotations:
+def flag_only_rotations(shape: ModelShape, scheme: Scheme, source: str) -> Rotations:
     """The rotations of a plain checkpoint quantized while loading.
 
     Every linear gets an online Hadamard on its input (o_proj's mixes heads, where

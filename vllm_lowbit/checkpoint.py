@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .architecture import LlamaShape
+from .architecture import ModelShape
 from .errors import CheckpointError
 from .load_time import check_finite
 
@@ -41,7 +41,7 @@ class TensorSpec:
     optional: bool = False
 
 
-def check_plain_checkpoint(model: str, shape: LlamaShape) -> None:
+def check_plain_checkpoint(model: str, shape: ModelShape) -> None:
     """Check that a plain checkpoint on disk holds the model, before it is loaded.
 
     Raises:
@@ -54,7 +54,7 @@ def check_plain_checkpoint(model: str, shape: LlamaShape) -> None:
     check_tensors(Path(model), expected, partial(may_be_there, shape))
 
 
-def may_be_there(shape: LlamaShape, name: str) -> bool:
+def may_be_there(shape: ModelShape, name: str) -> bool:
     """Whether a tensor that is not the model's is known to be superfluous."""
     repeated = shape.tie_word_embeddings and name == "lm_head.weight"
     return repeated or name.endswith("rotary_emb.inv_freq")

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from .architecture import LlamaShape, check_scheme, flag_only_rotations
+from .architecture import ModelShape, check_scheme, flag_only_rotations
 from .checkpoint import INDEX, check_plain_checkpoint
 from .errors import ConfigError, UnsupportedError
 from .lowbit_checkpoint import MANIFEST
@@ -154,7 +154,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
         make_directory()
         source = f"{model_name}/config.json"
         data = hf_config.to_dict()
-        shape = LlamaShape.from_config(data, source)
+        shape = ModelShape.from_config(data, source)
         check_scheme(shape, self.scheme, source)
         if self.stored is None:
             rotations = flag_only_rotations(shape, self.scheme, source)
@@ -166,7 +166,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
         if Path(model_name).is_dir():
             self._check_files(model_name, shape)
 
-    def _check_files(self, directory: str, shape: LlamaShape) -> None:
+    def _check_files(self, directory: str, shape: ModelShape) -> None:
         if self.stored is None:
             check_plain_checkpoint(directory, shape)
             return
@@ -224,7 +224,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
                 cache_dir=load.download_dir,
                 allow_patterns=["*.safetensors", INDEX, MANIFEST, "config.json"],
             )
-            shape = LlamaShape.from_config(model.hf_config.to_dict(), model.model)
+            shape = ModelShape.from_config(model.hf_config.to_dict(), model.model)
             self._check_files(directory, shape)
         parallel = vllm_config.parallel_config
         identify(parallel.data_parallel_index, parallel.rank)
@@ -240,7 +240,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
 
 
 def _resolve(
-    stored: LowbitConfig | ForeignFormat, shape: LlamaShape, source: str
+    stored: LowbitConfig | ForeignFormat, shape: ModelShape, source: str
 ) -> LowbitConfig:
     """What a quantized checkpoint runs; refused where it does not fit the model."""
     if isinstance(stored, ForeignFormat):

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .architecture import LlamaShape, check_scheme
+from .architecture import ModelShape, check_scheme
 from .errors import CheckpointError
 from .kernels.kv4_store.layout import bytes_per_token
 from .load_time import FUSED
@@ -138,7 +138,7 @@ class Inspection:
     weights: Size
 
 
-def read_checkpoint(directory: Path) -> tuple[LlamaShape, LowbitConfig]:
+def read_checkpoint(directory: Path) -> tuple[ModelShape, LowbitConfig]:
     """Sizes of a lowbit checkpoint's model, and its quantization.
 
     Raises:
@@ -155,7 +155,7 @@ def read_checkpoint(directory: Path) -> tuple[LlamaShape, LowbitConfig]:
             f"{source} has no quantization_config: this is a plain checkpoint, not a "
             "lowbit one"
         )
-    shape = LlamaShape.from_config(data, source)
+    shape = ModelShape.from_config(data, source)
     check_scheme(shape, config.scheme, source)
     return shape, config
 
@@ -209,7 +209,7 @@ def _linear(config: LowbitConfig, name: str) -> Linear:
 
 
 def _vocabulary(
-    shape: LlamaShape, config: LowbitConfig, stored: Mapping[str, StoredTensor]
+    shape: ModelShape, config: LowbitConfig, stored: Mapping[str, StoredTensor]
 ) -> VocabularyMatrix:
     suffix = "weight" if config.scheme.vocab_bits == 16 else "weight_packed"
     embedding = stored[f"model.embed_tokens.{suffix}"].dtype
@@ -232,7 +232,7 @@ def _attention(config: LowbitConfig) -> Attention:
 
 
 def _bits_per_weight(
-    shape: LlamaShape, stored: Mapping[str, StoredTensor], parameters: int
+    shape: ModelShape, stored: Mapping[str, StoredTensor], parameters: int
 ) -> BitsPerWeight:
     roles = {role for parts in FUSED.values() for role in parts}
 
@@ -247,7 +247,7 @@ def _bits_per_weight(
     return BitsPerWeight(8 * linears / weights, 8 * model / parameters)
 
 
-def _kv_token(shape: LlamaShape, bits: int) -> Size:
+def _kv_token(shape: ModelShape, bits: int) -> Size:
     heads = shape.num_layers * shape.num_kv_heads
     bf16 = heads * 2 * shape.head_dim * BF16_BYTES
     stored = bf16 if bits == 16 else heads * bytes_per_token(shape.head_dim)

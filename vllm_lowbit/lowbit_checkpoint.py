@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .architecture import LlamaShape
+from .architecture import ModelShape
 from .checkpoint import FLOATS, TensorSpec, read_json
 from .errors import CheckpointError, ConfigError
 from .kernels.grid import IntGrid
@@ -59,7 +59,7 @@ def quantized_tensors(
     return tensors
 
 
-def expected_tensors(shape: LlamaShape, config: LowbitConfig) -> dict[str, TensorSpec]:
+def expected_tensors(shape: ModelShape, config: LowbitConfig) -> dict[str, TensorSpec]:
     """Every tensor a lowbit checkpoint of this model must hold, in file order."""
     tensors: dict[str, TensorSpec] = {}
     for name, size in shape.tensors().items():

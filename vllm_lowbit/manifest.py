@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .architecture import LlamaShape
+from .architecture import ModelShape
 from .checkpoint import INDEX, TensorSpec, open_shard, read_json
 from .errors import CheckpointError
 from .load_time import is_finite
@@ -90,7 +90,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def require_headers(
-    directory: Path, shape: LlamaShape, config: LowbitConfig
+    directory: Path, shape: ModelShape, config: LowbitConfig
 ) -> dict[str, StoredTensor]:
     """Refuse a checkpoint whose files, manifest and model do not agree.
 
@@ -114,7 +114,7 @@ def require_headers(
 
 
 def check_headers(
-    directory: Path, shape: LlamaShape, config: LowbitConfig, manifest: Manifest
+    directory: Path, shape: ModelShape, config: LowbitConfig, manifest: Manifest
 ) -> tuple[dict[str, StoredTensor], list[Problem]]:
     """Compare files, manifest and model by names, dtypes, shapes and config.json.
 
@@ -147,7 +147,7 @@ def check_headers(
 
 def verify(
     directory: Path,
-    shape: LlamaShape,
+    shape: ModelShape,
     config: LowbitConfig,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Iterator[Problem]:

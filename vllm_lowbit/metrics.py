@@ -11,7 +11,7 @@ from prometheus_client import Gauge
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from .architecture import LlamaShape
+from .architecture import ModelShape
 from .config import LowbitQuantizationConfig
 from .kernels import dispatch
 from .kernels.kv4_store.layout import bytes_per_token
@@ -102,7 +102,7 @@ def kv_bytes_per_token(
         those in use, and those of a bfloat16 cache.
     """
     model = vllm_config.model_config
-    shape = LlamaShape.from_config(model.hf_config.to_dict(), model.model)
+    shape = ModelShape.from_config(model.hf_config.to_dict(), model.model)
     per_head = bytes_per_token(shape.head_dim)
     if config.resolved.scheme.kv_cache.bits == 16:
         per_head = 2 * shape.head_dim * model.dtype.itemsize

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rotations of a lowbit checkpoint the server runs; all others are refused."""
 
-from .architecture import LlamaShape
+from .architecture import ModelShape
 from .errors import ConfigError
 from .kernels.hadamard.matrices import exists
 from .schema import LowbitConfig, Rotation
@@ -11,7 +11,7 @@ _FOLDED = ("residual", "v")
 _PER_HEAD = ("k", "v")
 
 
-def check_rotations(shape: LlamaShape, config: LowbitConfig, source: str) -> None:
+def check_rotations(shape: ModelShape, config: LowbitConfig, source: str) -> None:
     """Check that the server would run a checkpoint's rotations as they are written.
 
     Args:
@@ -26,7 +26,7 @@ def check_rotations(shape: LlamaShape, config: LowbitConfig, source: str) -> Non
         raise ConfigError(f"{source}: quantization_config: {problem}")
 
 
-def _problems(shape: LlamaShape, config: LowbitConfig) -> list[str]:
+def _problems(shape: ModelShape, config: LowbitConfig) -> list[str]:
     rotations = config.rotations
     sizes = _sizes(shape)
     problems = []
@@ -47,7 +47,7 @@ def _problems(shape: LlamaShape, config: LowbitConfig) -> list[str]:
     return problems
 
 
-def _sizes(shape: LlamaShape) -> dict[str, tuple[str, int]]:
+def _sizes(shape: ModelShape) -> dict[str, tuple[str, int]]:
     hidden = ("hidden_size", shape.hidden_size)
     head = ("head_dim", shape.head_dim)
     heads = shape.num_heads * shape.head_dim
@@ -85,7 +85,7 @@ def _rotation_problems(name: str, rotation: Rotation) -> list[str]:
     return problems
 
 
-def _model_problems(shape: LlamaShape, config: LowbitConfig) -> list[str]:
+def _model_problems(shape: ModelShape, config: LowbitConfig) -> list[str]:
     residual, k = config.rotations.residual, config.rotations.k
     problems = []
     if residual is not None and shape.tie_word_embeddings != (
@@ -105,7 +105,7 @@ def _model_problems(shape: LlamaShape, config: LowbitConfig) -> list[str]:
     return problems
 
 
-def _shard_problems(shape: LlamaShape, config: LowbitConfig) -> list[str]:
+def _shard_problems(shape: ModelShape, config: LowbitConfig) -> list[str]:
     """Row-parallel inputs are cut between blocks, and heads never."""
     parallel = config.rotations.max_tensor_parallel_size
     sizes = _sizes(shape)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from vllm_lowbit.architecture import LlamaShape
+from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.calibrate.compressed import layout_of, quantization_config
 from vllm_lowbit.calibrate.writer import CheckpointWriter
 from vllm_lowbit.checkpoint import TensorSpec
@@ -123,5 +123,5 @@ def tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _shape(config: dict[str, object]) -> LlamaShape:
-    return LlamaShape.from_config(config, "config")
+def _shape(config: dict[str, object]) -> ModelShape:
+    return ModelShape.from_config(config, "config")

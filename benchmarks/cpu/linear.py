@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_lowbit.architecture import LlamaShape, flag_only_rotations
+from vllm_lowbit.architecture import ModelShape, flag_only_rotations
 from vllm_lowbit.schema import DEFAULT_SCHEME, Rotation, scheme_from_name
 
 from .linear_arms import LINEAR_ARMS, Layer, LinearArm
@@ -79,7 +79,7 @@ def measure(cell: str, options: Options) -> dict[str, Any]:
 def _rotations(model: dict[str, Any]) -> dict[str, Rotation]:
     """The online transform of each linear's input that the flag alone gives."""
     scheme = scheme_from_name(DEFAULT_SCHEME)
-    shape = LlamaShape.from_config(model, "config")
+    shape = ModelShape.from_config(model, "config")
     chosen = flag_only_rotations(shape, scheme, "config")
     names = {
         "qkv": chosen.attn_input,

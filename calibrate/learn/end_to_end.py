@@ -14,10 +14,10 @@ from transformers import LlamaConfig
 from ...kernels.grid import IntGrid
 from ...load_time import check_finite
 from ...schema import LowbitConfig
-from ..llama import LlamaStages
 from ..plan import Transforms, online
 from ..recipe import Recipe
 from ..source import Source
+from ..stages import DecoderStages
 from ..vocabulary import Vocabulary, plain_vocabulary
 from .model import LearningModel
 from .parameters import Learned, Parameters, Tensors
@@ -61,7 +61,7 @@ def learn_transforms(
     vocabulary = Vocabulary(
         *(t.to(device) for t in (plain.embedding, plain.norm, plain.head))
     )
-    stages = LlamaStages(config, source.shape, device=device)
+    stages = DecoderStages(config, source.shape, device=device)
     teacher = Teacher.of(stages, layers, vocabulary, windows)
     parameters = start(source.shape, recipe, fixed, layers, teacher)
     weights = None

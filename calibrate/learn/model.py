@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from ...architecture import LlamaShape
+from ...architecture import ModelShape
 from ...kernels.grid import IntGrid
 from ...kernels.quantize_weight.reference import best_clip
-from ..llama import RESIDUAL_STAGES, LlamaStages, Online
+from ..stages import RESIDUAL_STAGES, DecoderStages, Online
 from ..straight_through import fake_quantize
 from ..transforms import Orthogonal, fold_layer
 from ..vocabulary import Vocabulary
@@ -33,7 +33,7 @@ class LearningModel:
     def __init__(
         self,
         config: LlamaConfig,
-        shape: LlamaShape,
+        shape: ModelShape,
         layers: Sequence[Tensors],
         vocabulary: Vocabulary,
         online: Online,
@@ -41,7 +41,7 @@ class LearningModel:
         device: str,
     ) -> None:
         self.shape, self.layers = shape, layers
-        self.stages = LlamaStages(config, shape, online, device)
+        self.stages = DecoderStages(config, shape, online, device)
         self.vocabulary = vocabulary
         self.weights = weights
         self.clip_ratios: Tensors = {}

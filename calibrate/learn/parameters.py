@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...architecture import LlamaShape
+from ...architecture import ModelShape
 from ..plan import Transforms
 from ..transforms import Dense, LayerTransforms, Orthogonal
 
@@ -14,7 +14,7 @@ SCALES = ("attn_scale", "mlp_scale", "value_scale", "key_scale", "up_scale")
 Tensors = dict[str, torch.Tensor]
 
 
-def scale_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+def scale_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Of the scales of one layer, by their names in LayerTransforms."""
     return {
         "attn_scale": (shape.hidden_size,),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ...architecture import LlamaShape
+from ...architecture import ModelShape
 from ...kernels.hadamard.matrices import largest_order
 from ...kernels.hadamard.signs import random_signs
 from ..equalize import up_scale, value_scale
@@ -19,7 +19,7 @@ OUT, DOWN = "self_attn.o_proj.weight", "mlp.down_proj.weight"
 
 
 def start(
-    shape: LlamaShape,
+    shape: ModelShape,
     recipe: Recipe,
     fixed: Transforms,
     layers: Sequence[Tensors],
@@ -55,7 +55,7 @@ def start(
 
 
 def _log_scales(
-    shape: LlamaShape, recipe: Recipe, layers: Sequence[Tensors], teacher: Teacher
+    shape: ModelShape, recipe: Recipe, layers: Sequence[Tensors], teacher: Teacher
 ) -> Tensors:
     chosen = recipe.transforms
     logs = {
@@ -76,7 +76,7 @@ def _log_scales(
 
 
 def _residual(
-    shape: LlamaShape, recipe: Recipe, layers: Sequence[Tensors]
+    shape: ModelShape, recipe: Recipe, layers: Sequence[Tensors]
 ) -> torch.Tensor:
     readers = (
         weights[f"{name}.weight"] * weights[f"{norm}.weight"]
@@ -88,7 +88,7 @@ def _residual(
 
 
 def _values(
-    shape: LlamaShape,
+    shape: ModelShape,
     recipe: Recipe,
     layers: Sequence[Tensors],
     log_scales: torch.Tensor | None,

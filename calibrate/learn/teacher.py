@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from ..equalize import InputPower
-from ..llama import RESIDUAL_STAGES, LlamaStages
+from ..stages import RESIDUAL_STAGES, DecoderStages
 from ..vocabulary import Vocabulary
 
 Tensors = dict[str, torch.Tensor]
@@ -28,14 +28,14 @@ class Teacher:
 
     states: torch.Tensor
     powers: list[InputPower]
-    stages: LlamaStages
+    stages: DecoderStages
     vocabulary: Vocabulary
 
     @classmethod
     @torch.no_grad()
     def of(
         cls,
-        stages: LlamaStages,
+        stages: DecoderStages,
         layers: Sequence[Tensors],
         vocabulary: Vocabulary,
         windows: torch.Tensor,

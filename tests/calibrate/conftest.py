@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from vllm_lowbit.architecture import LlamaShape
+from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.calibrate.layer import LayerModels, QuantizedLayer
-from vllm_lowbit.calibrate.llama import LINEARS, LlamaStages, Online
 from vllm_lowbit.calibrate.quantize import round_to_nearest
+from vllm_lowbit.calibrate.stages import LINEARS, DecoderStages, Online
 from vllm_lowbit.kernels.grid import IntGrid
 from vllm_lowbit.schema import Weights
 
@@ -28,9 +28,9 @@ SIZES: dict[str, Any] = {
 
 def _models(activations: IntGrid | None = None, kv4: bool = False) -> LayerModels:
     config = LlamaConfig(architectures=["LlamaForCausalLM"], **SIZES)
-    shape = LlamaShape.from_config(config.to_dict(), "config.json")
-    served = LlamaStages(config, shape, Online(activations, kv4))
-    return LayerModels(served, LlamaStages(config, shape))
+    shape = ModelShape.from_config(config.to_dict(), "config.json")
+    served = DecoderStages(config, shape, Online(activations, kv4))
+    return LayerModels(served, DecoderStages(config, shape))
 
 
 def _layer_tensors(seed: int = 0) -> dict[str, torch.Tensor]:

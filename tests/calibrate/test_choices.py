@@ -23,7 +23,7 @@ from vllm_lowbit.calibrate.choices import (
     tokenize_tasks,
 )
 from vllm_lowbit.calibrate.perplexity import Scored, batches
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.calibrate.scoring import Scorer, Target
 from vllm_lowbit.calibrate.text import token_ids
 from vllm_lowbit.errors import ConfigError, LowbitError
@@ -34,9 +34,9 @@ GOOD = '{"ctx": "The", "choices": ["cat", "dogs"], "gold": 1}'
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> str:
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> str:
     """A random model of 256 positions, with a tokenizer."""
-    return str(tiny_llama(tmp_path_factory.mktemp("model"), tokenizer=True))
+    return str(tiny_model(tmp_path_factory.mktemp("model"), tokenizer=True))
 
 
 def write(directory: Path, *lines: str, name: str = "task.jsonl") -> Path:
@@ -157,9 +157,9 @@ class TestTokens:
             self.scored(model, tmp_path, ("word " * 300, ["a", "b"], 0))
 
     def test_more_tokens_than_the_model_has(
-        self, tmp_path: Path, tiny_llama: Any
+        self, tmp_path: Path, tiny_model: Any
     ) -> None:
-        small = tiny_llama(tmp_path / "small", tokenizer=True, vocab_size=64)
+        small = tiny_model(tmp_path / "small", tokenizer=True, vocab_size=64)
         with pytest.raises(ConfigError, match="the model's vocab_size is 64"):
             self.scored(str(small), tmp_path, ("The", ["cat", "dog"], 0))
 
@@ -207,7 +207,7 @@ class TestReference:
     def test_sequences_side_by_side(self, model: str, scheme: str | None) -> None:
         """Each is scored as if it were alone."""
         config = scheme and load_time_config(model, scheme_from_name(scheme))
-        reference = ReferenceLlama(model, config or None)
+        reference = ReferenceModel(model, config or None)
         with torch.random.fork_rng():
             torch.manual_seed(1)
             parts = [torch.randint(4096, (n,)) for n in (5, 1, 17, 40)]
@@ -225,7 +225,7 @@ class TestReference:
         found = evaluate_choices(model, [task])
         tasks = read_tasks([task])
         [scored] = tokenize_tasks(Target.open(model), tasks)
-        reference = ReferenceLlama(model)
+        reference = ReferenceModel(model)
         losses = []
         for each in scored:
             log_probs = reference(each.token_ids).double().log_softmax(-1)

@@ -22,7 +22,7 @@ from vllm_lowbit.calibrate.perplexity import (
     tokenize,
     windows,
 )
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.errors import CheckpointError, ConfigError, LowbitError
 from vllm_lowbit.schema import scheme_from_name
 
@@ -31,9 +31,9 @@ KEYS = ["perplexity", "tokens", "scheme", "backend", "dtype", "seq_len", "data"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> str:
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> str:
     """A random model of 256 positions, with a tokenizer."""
-    return str(tiny_llama(tmp_path_factory.mktemp("model"), tokenizer=True))
+    return str(tiny_model(tmp_path_factory.mktemp("model"), tokenizer=True))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ class TestReference:
     def test_plain_model(self, model: str, scheme: str | None) -> None:
         config = scheme and load_time_config(model, scheme_from_name(scheme))
         expected = perplexity(
-            ReferenceLlama(model, config or None), tokenize(model, TEXT, 150), 64
+            ReferenceModel(model, config or None), tokenize(model, TEXT, 150), 64
         )
         found = evaluate(model, TEXT, 64, 150, scheme=scheme)
         assert found == Evaluation(
@@ -101,7 +101,7 @@ class TestReference:
 
     def test_lowbit_checkpoint(self, lowbit: str, model: str) -> None:
         found = evaluate(lowbit, TEXT, 64, 128)
-        reference = ReferenceLlama(lowbit)
+        reference = ReferenceModel(lowbit)
         expected = perplexity(reference, tokenize(model, TEXT, 128), 64)
         assert found.perplexity == expected.perplexity
         assert found.scheme == reference.scheme_name == "w3a16"

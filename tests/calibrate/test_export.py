@@ -46,7 +46,7 @@ def mapping(scheme: str, **changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make(tiny_llama: Any, published_checkpoint: Any, tmp_path: Path) -> Make:
+def make(tiny_model: Any, published_checkpoint: Any, tmp_path: Path) -> Make:
     """``make(scheme, model={...}, **rotations)``: a tiny lowbit checkpoint."""
 
     def build(
@@ -56,7 +56,7 @@ def make(tiny_llama: Any, published_checkpoint: Any, tmp_path: Path) -> Make:
         shards: int = 1,
         **rotations: Any,
     ) -> Path:
-        plain = tiny_llama(tmp_path / "plain", tokenizer=True, **(model or {}))
+        plain = tiny_model(tmp_path / "plain", tokenizer=True, **(model or {}))
         (tmp_path / "made").mkdir()
         return published_checkpoint(
             tmp_path / "made" / "lowbit",

@@ -57,12 +57,12 @@ def test_tensors_on_disk_are_as_in_memory(tmp_path: Path, directory: bool) -> No
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_is_the_same_from_disk(
     tmp_path: Path,
-    tiny_llama: Callable[..., Path],
+    tiny_model: Callable[..., Path],
     name: str,
     overrides: dict[str, Any],
     tied: bool,
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True, tie_word_embeddings=tied)
+    model = tiny_model(tmp_path / "base", tokenizer=True, tie_word_embeddings=tied)
     recipe, scratch = _recipe(name, **overrides), tmp_path / "scratch"
     scratch.mkdir()
     said: list[Estimate] = []
@@ -78,9 +78,9 @@ def test_a_checkpoint_is_the_same_from_disk(
 
 
 def test_a_full_disk_is_named_and_nothing_is_left(
-    tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True)
+    model = tiny_model(tmp_path / "base", tokenizer=True)
     taken, reserve = 0, os.posix_fallocate
 
     def fallocate(descriptor: int, offset: int, size: int) -> None:
@@ -101,9 +101,9 @@ def test_a_full_disk_is_named_and_nothing_is_left(
 
 
 def test_a_directory_that_is_none(
-    tmp_path: Path, tiny_llama: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True)
+    model = tiny_model(tmp_path / "base", tokenizer=True)
     with pytest.raises(ConfigError, match=r"scratch .*missing: not a directory"):
         _calibrated(
             model, tmp_path / "out", _recipe("rtn"), scratch=tmp_path / "missing"
@@ -111,9 +111,9 @@ def test_a_directory_that_is_none(
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True)
+    model = tiny_model(tmp_path / "base", tokenizer=True)
     said: list[Estimate] = []
     run = tmp_path / "a"
     _calibrated(model, run, _recipe("gptq"), announce=said.append)
@@ -173,7 +173,7 @@ def _capped(
 )
 def test_a_run_takes_less_than_its_estimate(
     tmp_path: Path,
-    tiny_llama: Callable[..., Path],
+    tiny_model: Callable[..., Path],
     name: str,
     section: dict[str, dict[str, int]],
     on_disk: bool,
@@ -183,7 +183,7 @@ def test_a_run_takes_less_than_its_estimate(
         data[key] |= values
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(data))
-    model = tiny_llama(
+    model = tiny_model(
         tmp_path / "base",
         tokenizer=True,
         hidden_size=512,
@@ -199,9 +199,9 @@ def test_a_run_takes_less_than_its_estimate(
 
 @pytest.mark.slow
 def test_a_model_larger_than_the_cap(
-    tmp_path: Path, tiny_llama: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    model = tiny_llama(
+    model = tiny_model(
         tmp_path / "base",
         shards=4,
         tokenizer=True,

@@ -10,7 +10,7 @@ import torch
 
 from vllm_lowbit.calibrate.observe import PLACES, Observation, observe
 from vllm_lowbit.calibrate.qsur import log_qsur
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
 from vllm_lowbit.errors import ConfigError
 
 ROTATIONS = {
@@ -23,8 +23,8 @@ BLOCKS = [f"model.layers.{n}.{block}" for n in (0, 1) for block in ("self_attn",
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> str:
-    return str(tiny_llama(tmp_path_factory.mktemp("base")))
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> str:
+    return str(tiny_model(tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,13 @@ def test_without_transforms_the_checkpoint_is_rtn(
 def test_eight_bits_are_nearly_the_base_model(
     tmp_path: Path,
     windows: list[torch.Tensor],
-    tiny_llama: Any,
+    tiny_model: Any,
     lowbit_checkpoint: Any,
     tied: bool,
     apply: str,
 ) -> None:
     """Any mistake in the change of basis would be an error of order one."""
-    model = tiny_llama(tmp_path / "base", tie_word_embeddings=tied)
+    model = tiny_model(tmp_path / "base", tie_word_embeddings=tied)
     rotations = {key: value for key, value in ROTATIONS.items() if key != "k"}
     rotations["residual"] = {**rotations["residual"], "apply": apply}
     checkpoint = lowbit_checkpoint(tmp_path / "q", model, "w8a8", **rotations)
@@ -103,7 +103,7 @@ def test_stream_error_is_that_of_the_two_models(
     """The last residual stream of each, in whole forwards; rotated, norms stay."""
     streams: dict[str, list[torch.Tensor]] = {}
     for name in (base, rotated):
-        model = ReferenceLlama(name)
+        model = ReferenceModel(name)
         add_norm, last = model._add_norm, []
 
         def record(x: Any, residual: Any, norm: str, add=add_norm, last=last) -> Any:
@@ -130,7 +130,7 @@ def test_inputs(base: str, windows: list[torch.Tensor], seen: Observation) -> No
     """In the order they run, with the largest magnitudes of what is read."""
     kinds = [(place.layer, place.kind) for place in seen.places]
     assert kinds == [(layer, kind) for layer in (0, 1) for kind in PLACES]
-    model = ReferenceLlama(base)
+    model = ReferenceModel(base)
     first = [model.vocabulary.look_up(window) for window in windows]
     weight = model.tensors["model.layers.0.input_layernorm.weight"]
     x = torch.cat([s * torch.rsqrt(s.square().mean(-1, True) + 1e-6) for s in first])
@@ -168,9 +168,9 @@ class TestBadInput:
             observe(base, base, windows)
 
     def test_other_sizes(
-        self, tmp_path: Path, rotated: str, windows: list[Any], tiny_llama: Any
+        self, tmp_path: Path, rotated: str, windows: list[Any], tiny_model: Any
     ) -> None:
-        other = tiny_llama(tmp_path, intermediate_size=512)
+        other = tiny_model(tmp_path, intermediate_size=512)
         with pytest.raises(ConfigError, match="its sizes are not those of"):
             observe(str(other), rotated, windows)
 
@@ -179,10 +179,10 @@ class TestBadInput:
         tmp_path: Path,
         rotated: str,
         windows: list[Any],
-        tiny_llama: Any,
+        tiny_model: Any,
         rewrite: Any,
     ) -> None:
-        other = tiny_llama(tmp_path)
+        other = tiny_model(tmp_path)
         name = "model.embed_tokens.weight"
         rewrite(other, lambda tensors: tensors[name].normal_())
         with pytest.raises(ConfigError, match="was not made from .* no rotation takes"):

@@ -10,7 +10,6 @@ import torch
 
 from vllm_lowbit.calibrate.block import Block, through
 from vllm_lowbit.calibrate.layer import LayerModels, QuantizedLayer, Streams
-from vllm_lowbit.calibrate.llama import LINEARS
 from vllm_lowbit.calibrate.omniquant import (
     ClippedMatrix,
     LearnedBlock,
@@ -19,6 +18,7 @@ from vllm_lowbit.calibrate.omniquant import (
 )
 from vllm_lowbit.calibrate.recipe_sections import OmniQuant as Settings
 from vllm_lowbit.calibrate.record import CalibrationRecord
+from vllm_lowbit.calibrate.stages import LINEARS
 from vllm_lowbit.calibrate.transforms import Dense, LayerTransforms
 from vllm_lowbit.errors import CalibrationError
 from vllm_lowbit.kernels.grid import IntGrid

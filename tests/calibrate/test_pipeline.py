@@ -15,7 +15,7 @@ from vllm_lowbit.calibrate.perplexity import perplexity
 from vllm_lowbit.calibrate.pipeline import calibrate, choose_device, held_out_windows
 from vllm_lowbit.calibrate.publish import Report
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
 from vllm_lowbit.calibrate.text import calibration_windows, default_text
 from vllm_lowbit.errors import (
     CalibrationError,
@@ -52,12 +52,12 @@ def _held_out(model: str, recipe: Recipe) -> torch.Tensor:
 
 def _check_served_as_calibrated(out: Path, recipe: Recipe, report: Report) -> None:
     """The bit-exact reference finds the loss that calibration reported."""
-    shape = ReferenceLlama(str(out)).shape
+    shape = ReferenceModel(str(out)).shape
     _, config = read_config(str(out))
     assert config == report.config
     assert list(verify(out, shape, report.config)) == []
     ids = _held_out(str(out), recipe)
-    served = perplexity(ReferenceLlama(str(out)), ids, recipe.data.seq_len)
+    served = perplexity(ReferenceModel(str(out)), ids, recipe.data.seq_len)
     assert served.tokens == report.held_out_tokens
     # Last bits of the float GEMMs flip codes; the loss stays.
     assert math.log(served.perplexity) == pytest.approx(
@@ -100,12 +100,12 @@ def test_trained_model(tmp_path: Path, name: str, options: dict[str, Any]) -> No
 )
 def test_random_models(
     tmp_path: Path,
-    tiny_llama: Callable[..., Path],
+    tiny_model: Callable[..., Path],
     rewrite: Callable[..., Path],
     sizes: dict[str, Any],
     vocab_bits: int,
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True, **sizes)
+    model = tiny_model(tmp_path / "base", tokenizer=True, **sizes)
     generator = torch.Generator().manual_seed(0)
 
     def spread(tensors: dict[str, torch.Tensor]) -> None:
@@ -169,9 +169,9 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_serves_what_it_measured_and_repeats(
-    tmp_path: Path, tiny_llama: Callable[..., Path], name: str
+    tmp_path: Path, tiny_model: Callable[..., Path], name: str
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True)
+    model = tiny_model(tmp_path / "base", tokenizer=True)
     data = {"samples": 8, "seq_len": 32}
     recipe = Recipe.model_validate({"data": data, **TRAINED[name]})
     outs = []
@@ -280,8 +280,8 @@ def test_output_that_exists(tmp_path: Path) -> None:
     _refused(tmp_path, OutputError, "out exists and is not empty")
 
 
-def test_other_architecture(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True)
+def test_other_architecture(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model(tmp_path / "base", tokenizer=True)
     config = json.loads((model / "config.json").read_text())
     config["architectures"] = ["GPT2LMHeadModel"]
     (model / "config.json").write_text(json.dumps(config))
@@ -301,18 +301,18 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_missing_tensor(
-    tmp_path: Path, tiny_llama: Callable[..., Path], rewrite: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path], rewrite: Callable[..., Path]
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True)
+    model = tiny_model(tmp_path / "base", tokenizer=True)
     rewrite(model, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     message = r"missing, first model\.layers\.1\.mlp\.up_proj\.weight"
     _refused(tmp_path, CheckpointError, message, model=str(model))
 
 
 def test_non_finite_weight_names_the_layer_and_leaves_nothing(
-    tmp_path: Path, tiny_llama: Callable[..., Path], rewrite: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path], rewrite: Callable[..., Path]
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True)
+    model = tiny_model(tmp_path / "base", tokenizer=True)
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
@@ -329,9 +329,9 @@ def test_non_finite_weight_names_the_layer_and_leaves_nothing(
 
 
 def test_hidden_states_that_overflow_name_the_layer(
-    tmp_path: Path, tiny_llama: Callable[..., Path], rewrite: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path], rewrite: Callable[..., Path]
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True, dtype="float32")
+    model = tiny_model(tmp_path / "base", tokenizer=True, dtype="float32")
 
     def enlarge(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"] *= 1e38
@@ -342,9 +342,9 @@ def test_hidden_states_that_overflow_name_the_layer(
 
 
 def test_scheme_that_does_not_fit(
-    tmp_path: Path, tiny_llama: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    model = tiny_llama(tmp_path / "base", tokenizer=True, intermediate_size=96)
+    model = tiny_model(tmp_path / "base", tokenizer=True, intermediate_size=96)
     recipe = _recipe("rtn", scheme="w4a16-g128")
     message = "group_size 128 does not divide intermediate_size 96"
     _refused(tmp_path, UnsupportedError, message, model=str(model), recipe=recipe)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_lowbit.architecture import LlamaShape
+from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.calibrate.recipe import (
     MAX_SEED,
     Recipe,
@@ -267,7 +267,7 @@ class TestLearn:
 
     def test_sizes_follow_the_model(self) -> None:
         def sized(layers: int, hidden: int) -> tuple[int | None, int | None]:
-            shape = LlamaShape(
+            shape = ModelShape(
                 hidden_size=hidden,
                 intermediate_size=3 * hidden,
                 num_layers=layers,
@@ -290,7 +290,7 @@ class TestLearn:
 
     def test_given_sizes_stay(self) -> None:
         recipe = Recipe.model_validate(_learning(steps=7, tokens_per_step=100))
-        shape = LlamaShape(64, 64, 1, 1, 1, 64, 64, False, False, False)
+        shape = ModelShape(64, 64, 1, 1, 1, 64, 64, False, False, False)
         assert recipe.sized(shape) == recipe
         assert load_recipe("lowbit").sized(shape) == load_recipe("lowbit")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.errors import CheckpointError, ConfigError
 from vllm_lowbit.schema import LowbitConfig, Rotation, Rotations, scheme_from_name
 
@@ -33,11 +33,11 @@ FINE = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: Any, tiny_llama: Any, rewrite: Any) -> Callable[..., Path]:
+def plain(tmp_path_factory: Any, tiny_model: Any, rewrite: Any) -> Callable[..., Path]:
     """``plain(tied, **config)``: a float32 model whose norms are not 1."""
 
     def build(tied: bool, **config: Any) -> Path:
-        directory = tiny_llama(
+        directory = tiny_model(
             tmp_path_factory.mktemp("plain"),
             dtype="float32",
             initializer_range=0.1,
@@ -87,8 +87,8 @@ def test_function_of_the_source(
     directory = lowbit_checkpoint(
         tmp_path, source, scheme, residual=residual, **ROTATIONS
     )
-    expected = ReferenceLlama(str(source))(IDS)
-    assert apart(ReferenceLlama(str(directory))(IDS), expected) < 0.1
+    expected = ReferenceModel(str(source))(IDS)
+    assert apart(ReferenceModel(str(directory))(IDS), expected) < 0.1
     online = residual is not None and residual["apply"] == "online"
     if online:
         path = directory / "config.json"
@@ -97,7 +97,7 @@ def test_function_of_the_source(
         rotations["residual"]["sign_seed"] = 3
         path.write_text(json.dumps(config))
         write_manifest(directory)
-        assert apart(ReferenceLlama(str(directory))(IDS), expected) > 0.5
+        assert apart(ReferenceModel(str(directory))(IDS), expected) > 0.5
 
 
 @pytest.mark.parametrize("vocab_bits", [16, 8])
@@ -127,8 +127,8 @@ def test_is_the_plain_model_quantized_here(
         tmp_path, source, scheme, vocab_bits, **rotations.model_dump()
     )
     made, read = (
-        ReferenceLlama(str(source), config),
-        ReferenceLlama(str(directory)),
+        ReferenceModel(str(source), config),
+        ReferenceModel(str(directory)),
     )
     assert made.scheme_name == read.scheme_name == scheme
     assert read.config == config
@@ -136,7 +136,7 @@ def test_is_the_plain_model_quantized_here(
 
 
 def test_float_model(plain: Any) -> None:
-    model = ReferenceLlama(str(plain(True)))
+    model = ReferenceModel(str(plain(True)))
     assert model.scheme_name == "float" and model.config is None
     assert model(IDS).shape == (40, 256)
 
@@ -144,7 +144,7 @@ def test_float_model(plain: Any) -> None:
 def test_8_bit_vocabulary_costs_something(plain: Any) -> None:
     source = str(plain(False))
     outputs = [
-        ReferenceLlama(
+        ReferenceModel(
             source,
             LowbitConfig(
                 scheme=scheme_from_name("w8a8", vocab_bits=bits), rotations=Rotations()
@@ -163,10 +163,10 @@ def test_values_between_operators_have_the_servers_dtype(
     directory = lowbit_checkpoint(
         tmp_path, plain(True), "w4a4kv4", vocab_bits, residual=residual
     )
-    model = ReferenceLlama(str(directory), dtype=torch.bfloat16)
+    model = ReferenceModel(str(directory), dtype=torch.bfloat16)
     logits = model(IDS)
     assert torch.equal(logits, logits.bfloat16().float())
-    assert not torch.equal(logits, ReferenceLlama(str(directory))(IDS))
+    assert not torch.equal(logits, ReferenceModel(str(directory))(IDS))
 
 
 def test_scheme_cannot_be_chosen(
@@ -176,7 +176,7 @@ def test_scheme_cannot_be_chosen(
     directory = lowbit_checkpoint(tmp_path, source, "w4a16")
     config = load_time_config(str(source), scheme_from_name("w4a4"))
     with pytest.raises(ConfigError, match="has its own scheme w4a16; no other can be"):
-        ReferenceLlama(str(directory), config)
+        ReferenceModel(str(directory), config)
 
 
 def test_defects_are_named(
@@ -186,10 +186,10 @@ def test_defects_are_named(
     name = "model.layers.0.mlp.up_proj.weight_scale"
     rewrite(directory, lambda tensors: tensors[name][0].fill_(torch.nan))
     with pytest.raises(CheckpointError, match=f"tensor {name} has sha256 "):
-        ReferenceLlama(str(directory))
+        ReferenceModel(str(directory))
     rewrite(directory, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=f"tensor {name} is in none of the"):
-        ReferenceLlama(str(directory))
+        ReferenceModel(str(directory))
 
 
 def test_rotation_that_no_server_runs(
@@ -202,7 +202,7 @@ def test_rotation_that_no_server_runs(
     config["quantization_config"]["rotations"]["v"] = v
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="rotations.v: apply is online; supported"):
-        ReferenceLlama(str(directory))
+        ReferenceModel(str(directory))
 
 
 def test_needs_no_vllm() -> None:

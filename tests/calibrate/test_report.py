@@ -59,9 +59,9 @@ def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
     directory = tmp_path_factory.mktemp("models") / "base"
-    return tiny_llama(directory, tokenizer=True)
+    return tiny_model(directory, tokenizer=True)
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ TEST_SPLIT = ROOT / "benchmarks" / "data" / "wikitext-2" / "test.txt"
 
 @pytest.fixture(scope="module")
 def model(
-    tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> str:
-    return str(tiny_llama(tmp_path_factory.mktemp("model"), tokenizer=True))
+    return str(tiny_model(tmp_path_factory.mktemp("model"), tokenizer=True))
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_lowbit.architecture import LlamaShape
-from vllm_lowbit.calibrate.llama import RESIDUAL_STAGES, LlamaStages, Online
+from vllm_lowbit.architecture import ModelShape
+from vllm_lowbit.calibrate.stages import RESIDUAL_STAGES, DecoderStages, Online
 from vllm_lowbit.calibrate.transforms import (
     Dense,
     LayerTransforms,
@@ -63,7 +63,7 @@ def _orthogonal(random: Callable[..., torch.Tensor], blocks: int, size: int) -> 
 
 
 def _all_of(
-    shape: LlamaShape, random: Callable[..., torch.Tensor], biases: bool
+    shape: ModelShape, random: Callable[..., torch.Tensor], biases: bool
 ) -> LayerTransforms:
     """Every transform there is, random, the scales spread over a factor of 20."""
     scale = lambda *size: random(*size).mul(0.75).exp()
@@ -87,7 +87,7 @@ class _Model:
 
     def __init__(self, config: LlamaConfig, state: dict[str, torch.Tensor]) -> None:
         self.config = config
-        self.shape = LlamaShape.from_config(config.to_dict(), "x")
+        self.shape = ModelShape.from_config(config.to_dict(), "x")
         self.state = state
 
     def logits(
@@ -114,7 +114,7 @@ class _Model:
                 attn_input=transforms.attn_input,
                 mlp_input=transforms.mlp_input,
             )
-            stages = LlamaStages(self.config, self.shape, online)
+            stages = DecoderStages(self.config, self.shape, online)
             weights = fold_layer(tensors, self.shape, residual, transforms)
             assert weights.keys() == tensors.keys()
             assert all(weights[k].shape == tensors[k].shape for k in tensors)
@@ -151,9 +151,9 @@ def _check(config: LlamaConfig, state: dict[str, torch.Tensor], seed: int) -> No
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_random_models(
-    tiny_llama: Callable[..., Path], tmp_path: Path, name: str
+    tiny_model: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
-    directory = tiny_llama(tmp_path, dtype="float32", **SHAPES[name])
+    directory = tiny_model(tmp_path, dtype="float32", **SHAPES[name])
     state = load_file(directory / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
     for tensor_name, tensor in state.items():

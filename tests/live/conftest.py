@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.schema import Scheme, scheme_from_name
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def prompts() -> list[str]:
     return PROMPTS
 
 
-class _ServedReference(ReferenceLlama):
+class _ServedReference(ReferenceModel):
     """The reference with vLLM's own norm, activation and RoPE in between.
 
     They are not ours, and a last bit of theirs can flip a code.
@@ -132,7 +132,7 @@ def served_reference(model: str) -> Any:
 
     def build(
         scheme: str | Scheme, dtype: torch.dtype = torch.float32
-    ) -> ReferenceLlama:
+    ) -> ReferenceModel:
         if isinstance(scheme, str):
             scheme = scheme_from_name(scheme)
         return _ServedReference(model, load_time_config(model, scheme), dtype)

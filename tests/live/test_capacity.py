@@ -15,9 +15,9 @@ BYTES = 96 << 20
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_capacity_grows_by_the_computed_ratio(
-    engine: Any, tiny_llama: Any, tmp_path: Path, head_dim: int
+    engine: Any, tiny_model: Any, tmp_path: Path, head_dim: int
 ) -> None:
-    model = str(tiny_llama(tmp_path, head_dim=head_dim))
+    model = str(tiny_model(tmp_path, head_dim=head_dim))
     blocks = {}
     for quantization in ("lowbit", None):
         with engine(

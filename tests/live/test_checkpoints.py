@@ -83,14 +83,14 @@ def test_online_residual(
     differences: Any,
     served_checkpoint: Any,
     lowbit_checkpoint: Any,
-    tiny_llama: Any,
+    tiny_model: Any,
     rewrite: Any,
     tmp_path: Path,
     vocab_bits: int,
     dtype: str,
 ) -> None:
     """Embedding and head share one matrix: the rotation runs around it."""
-    plain = tiny_llama(
+    plain = tiny_model(
         tmp_path / "plain",
         dtype=dtype,
         tokenizer=True,

@@ -51,12 +51,12 @@ def test_choices(model: str) -> None:
     assert losses["vllm"] == pytest.approx(losses["reference"], rel=1e-3)
 
 
-def test_nothing_is_left(tiny_llama: Any, rewrite: Any, tmp_path: Path) -> None:
+def test_nothing_is_left(tiny_model: Any, rewrite: Any, tmp_path: Path) -> None:
     """After an engine that works, one that does not start, and the next."""
     before = {name: os.environ.get(name) for name in VARIABLES}
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    sound = tiny_llama(tmp_path / "sound", tokenizer=True)
-    broken = tiny_llama(tmp_path / "broken", tokenizer=True)
+    sound = tiny_model(tmp_path / "sound", tokenizer=True)
+    broken = tiny_model(tmp_path / "broken", tokenizer=True)
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(broken, lambda tensors: tensors[name].fill_(torch.nan))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_lowbit.calibrate.perplexity import tokenize
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
 
 pytestmark = pytest.mark.live
 
@@ -21,12 +21,12 @@ EPS = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 @pytest.fixture(scope="module")
-def reference(served_reference: Any) -> ReferenceLlama:
+def reference(served_reference: Any) -> ReferenceModel:
     return served_reference("w4a4kv4")
 
 
 def _expected(
-    reference: ReferenceLlama, sequences: list[list[int]]
+    reference: ReferenceModel, sequences: list[list[int]]
 ) -> list[torch.Tensor]:
     return [reference(torch.tensor(ids))[:-1] for ids in sequences]
 
@@ -62,7 +62,7 @@ def greedy(engine: Any, score: Any, prompts: list[str]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def expected(reference: ReferenceLlama, greedy: Any) -> list[torch.Tensor]:
+def expected(reference: ReferenceModel, greedy: Any) -> list[torch.Tensor]:
     return _expected(reference, greedy.sequences)
 
 

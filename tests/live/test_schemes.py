@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
 
 pytestmark = pytest.mark.live
 
@@ -33,7 +33,7 @@ def test_scheme_chosen_by_override(
     with engine(dtype="float32", hf_overrides=choice) as llm:
         served = score(llm, sequences)
     reference = served_reference(scheme)
-    plain = ReferenceLlama(model, None)
+    plain = ReferenceModel(model, None)
     apart = []
     for ids, logits in zip(sequences, served, strict=True):
         log_probs = logits.log_softmax(-1)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama, load_time_config
+from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.kernels.hadamard_quantize.reference import hadamard_quantize
 from vllm_lowbit.kernels.kv4_store.layout import bytes_per_token
 from vllm_lowbit.kernels.kv4_store.reference import kv4_store
@@ -116,7 +116,7 @@ def test_codes_and_accumulators_are_the_reference(
 ) -> None:
     """Every linear and its output, bit for bit, on the inputs the server gave it."""
     config = load_time_config(model, scheme_from_name("w4a4kv4"))
-    linears = list(ReferenceLlama(model, config).linears.values())
+    linears = list(ReferenceModel(model, config).linears.values())
     assert len(linears) == 6 * LINEARS
     for i, linear in enumerate(linears):
         x = recorded[f"input.{i}.0"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
 from vllm_lowbit.kernels.hadamard_quantize.reference import hadamard_quantize
 from vllm_lowbit.kernels.linear_w4a4.reference import accumulators, epilogue
 
@@ -35,7 +35,7 @@ def log_probs(logits: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(logits).log_softmax(-1)
 
 
-def expected(reference: ReferenceLlama, sequences: list[list[int]]) -> torch.Tensor:
+def expected(reference: ReferenceModel, sequences: list[list[int]]) -> torch.Tensor:
     return log_probs([reference(torch.tensor(ids))[:-1] for ids in sequences])
 
 
@@ -96,7 +96,7 @@ def check_integers(reference: Any, seen: dict[str, list[Any]]) -> None:
         assert torch.equal(out, finished)
 
 
-def follow_attention(reference: ReferenceLlama, inputs: list[Any]) -> None:
+def follow_attention(reference: ReferenceModel, inputs: list[Any]) -> None:
     """Let the reference go on with what the server's attention gave.
 
     Over a 16-bit cache that is vLLM's own, whose float sums have another order for each

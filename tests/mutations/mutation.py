@@ -29,7 +29,7 @@ class Variant:
     """A sound checkpoint.
 
     Attributes:
-        model: arguments of the fixture ``tiny_llama``.
+        model: arguments of the fixture ``tiny_model``.
         checkpoint: arguments of the fixture ``published_checkpoint``.
         tensors: one of each kind that it has; all of them can be told apart.
     """

@@ -30,13 +30,13 @@ GROWTH_MIB = 512
 
 @pytest.fixture(scope="module")
 def sound(
-    tmp_path_factory: Any, tiny_llama: Any, published_checkpoint: Any
+    tmp_path_factory: Any, tiny_model: Any, published_checkpoint: Any
 ) -> dict[str, Path]:
     """Sound checkpoints, each copied by the mutations of its variant."""
     root = tmp_path_factory.mktemp("sound")
     return {
         name: published_checkpoint(
-            root / name, tiny_llama(root / f"{name}-plain", **v.model), **v.checkpoint
+            root / name, tiny_model(root / f"{name}-plain", **v.model), **v.checkpoint
         )
         for name, v in VARIANTS.items()
     }

@@ -53,13 +53,13 @@ def _chosen() -> list[Any]:
 @pytest.mark.parametrize("mutation", _chosen())
 def test_server_does_not_start(
     mutation: Mutation,
-    tiny_llama: Any,
+    tiny_model: Any,
     published_checkpoint: Any,
     write_manifest: Any,
     tmp_path: Path,
 ) -> None:
     variant, directory = VARIANTS[mutation.variant], tmp_path / "checkpoint"
-    plain = tiny_llama(tmp_path / "plain", tokenizer=True, **variant.model)
+    plain = tiny_model(tmp_path / "plain", tokenizer=True, **variant.model)
     published_checkpoint(directory, plain, **variant.checkpoint)
     prepare(directory, mutation, write_manifest)
     code, healthy, log = _serve(directory, tmp_path / "log")

@@ -21,11 +21,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def originals(
-    tmp_path_factory: Any, tiny_llama: Any, foreign_checkpoint: Any
+    tmp_path_factory: Any, tiny_model: Any, foreign_checkpoint: Any
 ) -> dict[str, Path]:
     """Directories by the names of KINDS, and ``plain``, which they were made from."""
     root = tmp_path_factory.mktemp("foreign")
-    plain = tiny_llama(root / "plain", num_hidden_layers=1)
+    plain = tiny_model(root / "plain", num_hidden_layers=1)
     written = {
         name: foreign_checkpoint(root / name, plain, **arguments)
         for name, arguments in KINDS.items()

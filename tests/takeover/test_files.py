@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.architecture import LlamaShape
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama
+from vllm_lowbit.architecture import ModelShape
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
 from vllm_lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from vllm_lowbit.takeover.checkpoint import check_foreign_checkpoint, read_quantization
 from vllm_lowbit.takeover.foreign import ForeignFormat
@@ -28,7 +28,7 @@ def copy(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 def check(directory: Path) -> None:
     data, foreign = read_quantization(str(directory))
     assert isinstance(foreign, ForeignFormat)
-    shape = LlamaShape.from_config(data, "config.json")
+    shape = ModelShape.from_config(data, "config.json")
     foreign.resolve(shape, "config.json")
     check_foreign_checkpoint(str(directory), shape, foreign)
 
@@ -185,13 +185,13 @@ def test_bias_of_a_model_that_has_none(copy: Any, rewrite: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["pack-quantized", "gptq", "awq"])
 def test_bias_of_a_model_that_has_one(
-    kind: str, tiny_llama: Any, foreign_checkpoint: Any, rewrite: Any, tmp_path: Path
+    kind: str, tiny_model: Any, foreign_checkpoint: Any, rewrite: Any, tmp_path: Path
 ) -> None:
     biased = {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1}
-    plain = tiny_llama(tmp_path / "plain", **biased)
+    plain = tiny_model(tmp_path / "plain", **biased)
     rewrite(plain, lambda tensors: tensors[f"{K_PROJ}.bias"].fill_(3))
     directory = foreign_checkpoint(tmp_path / kind, plain, kind)
-    linear = ReferenceLlama(str(directory)).linears["model.layers.0.self_attn.qkv_proj"]
+    linear = ReferenceModel(str(directory)).linears["model.layers.0.self_attn.qkv_proj"]
     none = linear(torch.zeros(1, 128))
     assert none[0, 256:384].eq(3).all() and none[0, 384:].eq(0).all()
     rewrite(directory, lambda tensors: tensors.pop(f"{K_PROJ}.bias"))
@@ -225,7 +225,7 @@ class TestReference:
         ids = torch.arange(20)
         settings = {"symmetric": False, "group_size": 32}
         logits = [
-            ReferenceLlama(
+            ReferenceModel(
                 str(
                     foreign_checkpoint(
                         tmp_path / kind, originals["plain"], kind, **settings
@@ -239,7 +239,7 @@ class TestReference:
     def test_activations_are_quantized(
         self, originals: dict[str, Path], copy: Any
     ) -> None:
-        reference = ReferenceLlama(str(originals["w4a4"]))
+        reference = ReferenceModel(str(originals["w4a4"]))
         assert reference.scheme_name == "w4a4"
         directory = copy("w4a4")
         config = json.loads((directory / "config.json").read_text())
@@ -247,9 +247,9 @@ class TestReference:
         group["input_activations"] = None
         (directory / "config.json").write_text(json.dumps(config))
         ids = torch.arange(20)
-        assert (reference(ids) - ReferenceLlama(str(directory))(ids)).abs().max() > 1e-3
+        assert (reference(ids) - ReferenceModel(str(directory))(ids)).abs().max() > 1e-3
 
     def test_no_other_scheme(self, originals: dict[str, Path]) -> None:
-        config = ReferenceLlama(str(originals["w8a8"])).config
+        config = ReferenceModel(str(originals["w8a8"])).config
         with pytest.raises(ConfigError, match="has its own scheme w4a4; no other"):
-            ReferenceLlama(str(originals["w4a4"]), config)
+            ReferenceModel(str(originals["w4a4"]), config)

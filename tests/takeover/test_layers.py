@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_lowbit import truth
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
 from vllm_lowbit.errors import CheckpointError, UnsupportedError
 from vllm_lowbit.kernels.linear_w4a4.generic import prepare
 from vllm_lowbit.load_time import FUSED
@@ -176,7 +176,7 @@ def test_forward_is_the_reference(
     layer = build(directory, role)
     load(directory, layer, role)
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
-    reference = ReferenceLlama(str(directory)).linears[f"model.layers.0.mlp.{role}"]
+    reference = ReferenceModel(str(directory)).linears[f"model.layers.0.mlp.{role}"]
     out, expected = layer(x)[0], reference(x)
     if foreign_of(directory).scheme.activations.bits == 16:
         assert torch.allclose(out, expected, rtol=1e-5, atol=1e-6)

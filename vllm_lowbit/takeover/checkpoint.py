@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..checkpoint import FLOATS, TensorSpec, check_tensors, may_be_there
 from ..errors import ConfigError
 from ..lowbit_checkpoint import quantization_of, read_model_config
@@ -60,7 +60,7 @@ def read_quantization(
 
 
 def expected_tensors(
-    shape: LlamaShape, foreign: ForeignFormat
+    shape: ModelShape, foreign: ForeignFormat
 ) -> dict[str, TensorSpec]:
     """Every tensor a checkpoint of this model must, or may, hold.
 
@@ -85,7 +85,7 @@ def expected_tensors(
 
 
 def check_foreign_checkpoint(
-    model: str, shape: LlamaShape, foreign: ForeignFormat
+    model: str, shape: ModelShape, foreign: ForeignFormat
 ) -> None:
     """Check that the files of a checkpoint hold exactly what its config says.
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from ..architecture import LlamaShape, check_scheme
+from ..architecture import ModelShape, check_scheme
 from ..checkpoint import TensorSpec
 from ..errors import CheckpointError, UnsupportedError
 from ..kernels.grid import IntGrid
@@ -165,7 +165,7 @@ class ForeignFormat(ABC):
                     f"{layout.packed_factor} codes packed together in {kind}"
                 )
 
-    def resolve(self, shape: LlamaShape, source: str) -> LowbitConfig:
+    def resolve(self, shape: ModelShape, source: str) -> LowbitConfig:
         """What the server runs: this scheme, without rotations.
 
         Raises:

@@ -16,11 +16,11 @@ from vllm_lowbit.calibrate.learn.parameters import Learned
 from vllm_lowbit.calibrate.learn.run import Task
 from vllm_lowbit.calibrate.learn.snapshot import Curve, Snapshot
 from vllm_lowbit.calibrate.learn.start import Covariance, womi
-from vllm_lowbit.calibrate.llama import RESIDUAL_STAGES, LlamaStages, Online
 from vllm_lowbit.calibrate.plan import Transforms, plan
 from vllm_lowbit.calibrate.recipe import Recipe
 from vllm_lowbit.calibrate.recipe_sections import Learn
 from vllm_lowbit.calibrate.source import Source
+from vllm_lowbit.calibrate.stages import RESIDUAL_STAGES, DecoderStages, Online
 from vllm_lowbit.calibrate.text import calibration_windows, default_text
 from vllm_lowbit.calibrate.transforms import fold_embedding, fold_head, fold_layer
 from vllm_lowbit.schema import Provenance
@@ -71,7 +71,7 @@ def _logits(
         attn_input=fixed.attn_input,
         mlp_input=fixed.mlp_input,
     )
-    stages = LlamaStages(LlamaConfig.from_pretrained(model), source.shape, served)
+    stages = DecoderStages(LlamaConfig.from_pretrained(model), source.shape, served)
     embedding = source.tensor("model.embed_tokens.weight")
     norm, head = source.tensor("model.norm.weight"), embedding
     if not source.shape.tie_word_embeddings:
@@ -127,12 +127,12 @@ def _check_exact(
 )
 def test_exact_in_float64(
     tmp_path: Path,
-    tiny_llama: Callable[..., Path],
+    tiny_model: Callable[..., Path],
     rewrite: Callable[..., Path],
     sizes: dict[str, Any],
     transforms: dict[str, Any],
 ) -> None:
-    model = tiny_llama(tmp_path / "base", **sizes)
+    model = tiny_model(tmp_path / "base", **sizes)
     generator = torch.Generator().manual_seed(0)
 
     def spread(tensors: dict[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from vllm_lowbit.calibrate.perplexity import perplexity
 from vllm_lowbit.calibrate.pipeline import Progress, calibrate, held_out_windows
 from vllm_lowbit.calibrate.publish import Report
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
-from vllm_lowbit.calibrate.reference_model import ReferenceLlama
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
 from vllm_lowbit.calibrate.text import calibration_windows, default_text
 from vllm_lowbit.cli import app
 from vllm_lowbit.errors import (
@@ -80,8 +80,8 @@ def _press_ctrl_c() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama: Callable[..., Path], tmp_path_factory: Any) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("base"), tokenizer=True)
+def model(tiny_model: Callable[..., Path], tmp_path_factory: Any) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("base"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_checkpoint(whole: Path) -> None:
     for name, size in (("residual", 128), ("v", 64)):
         expected = {"kind": "orthogonal", "apply": "folded", "order": size}
         assert rotations[name].items() >= expected.items()
-    reference = ReferenceLlama(str(whole))
+    reference = ReferenceModel(str(whole))
     assert list(verify(whole, reference.shape, reference.config)) == []
     assert torch.isfinite(reference(torch.arange(9))).all()
     curves = json.loads((whole / "calibration.json").read_text())["curves"]
@@ -119,7 +119,7 @@ def test_served_as_calibrated(tmp_path: Path, online: str) -> None:
     report = _run(REF_7M, tmp_path / "out", recipe)
     count = 16 + held_out_windows(16)
     windows = calibration_windows(str(REF_7M), default_text(), count, 64, 0)
-    model = ReferenceLlama(str(tmp_path / "out"))
+    model = ReferenceModel(str(tmp_path / "out"))
     served = perplexity(model, windows[16:].flatten(), 64)
     assert served.tokens == report.held_out_tokens
     # Last bits of the float GEMMs flip codes; the loss stays.
@@ -212,10 +212,10 @@ class TestRefused:
         self,
         stopped: Path,
         tmp_path: Path,
-        tiny_llama: Callable[..., Path],
+        tiny_model: Callable[..., Path],
         rewrite: Callable[..., Path],
     ) -> None:
-        other = tiny_llama(tmp_path / "other", tokenizer=True)
+        other = tiny_model(tmp_path / "other", tokenizer=True)
         rewrite(other, lambda tensors: tensors["lm_head.weight"].mul_(2))
         rewrite(other, lambda t: t["model.layers.0.mlp.up_proj.weight"].mul_(2))
         message = "of another run: .*the float model's hidden states"
@@ -237,19 +237,19 @@ class TestRefused:
         self._refuse(ConfigError, message, model, out, load_recipe("rtn"), resume=True)
 
     def test_tied_embeddings(
-        self, tiny_llama: Callable[..., Path], tmp_path: Path
+        self, tiny_model: Callable[..., Path], tmp_path: Path
     ) -> None:
-        tied = tiny_llama(tmp_path / "tied", tokenizer=True, tie_word_embeddings=True)
+        tied = tiny_model(tmp_path / "tied", tokenizer=True, tie_word_embeddings=True)
         message = "transforms.residual learned: tie_word_embeddings is true"
         self._refuse(UnsupportedError, message, tied, tmp_path / "out", _recipe())
 
     def test_numbers_that_are_not_finite(
         self,
-        tiny_llama: Callable[..., Path],
+        tiny_model: Callable[..., Path],
         rewrite: Callable[..., Path],
         tmp_path: Path,
     ) -> None:
-        huge = tiny_llama(tmp_path / "huge", tokenizer=True, dtype="float32")
+        huge = tiny_model(tmp_path / "huge", tokenizer=True, dtype="float32")
 
         def enlarge(tensors: dict[str, torch.Tensor]) -> None:
             tensors["model.layers.1.mlp.up_proj.weight"] *= 1e38

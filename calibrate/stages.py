@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..architecture import LlamaShape
+from ..architecture import ModelShape
 from ..kernels.grid import IntGrid
 from .straight_through import fake_quantize, through_cache
 from .transforms import Orthogonal
@@ -53,7 +53,7 @@ class Online:
     mlp_input: Orthogonal | None = None
 
 
-class LlamaStages:
+class DecoderStages:
     """The pieces of one decoder layer; weights are given with each call.
 
     Args:
@@ -66,7 +66,7 @@ class LlamaStages:
     def __init__(
         self,
         config: LlamaConfig,
-        shape: LlamaShape,
+        shape: ModelShape,
         online: Online | None = None,
         device: str = "cpu",
     ) -> None:
