@@ -24,7 +24,7 @@ from .record import CalibrationRecord
 from .stages import LINEARS
 from .straight_through import on_grid, rounded, stored_as
 from .training import Group, Training
-from .transforms import LayerTransforms, Orthogonal, fold_layer
+from .transforms import LayerTransforms, Orthogonal, fold_layer, scale_shapes
 
 # LWC starts with at most sigmoid(4) = 0.982 of a range, as published. Where the clip
 # search that all methods share keeps less, it starts from that.
@@ -172,17 +172,8 @@ class LearnedBlock:
         }
 
     def _log_scales(self) -> Tensors:
-        shape = self.shape
-        heads, size = shape.num_kv_heads, shape.head_dim
-        sizes = {
-            "attn_scale": (shape.hidden_size,),
-            "mlp_scale": (shape.hidden_size,),
-            "value_scale": (heads * size,),
-            "key_scale": (heads, size // 2),
-            "up_scale": (shape.intermediate_size,),
-        }
         logs = {}
-        for name, extent in sizes.items():
+        for name, extent in scale_shapes(self.shape).items():
             scale = getattr(self.start, name)
             device = next(iter(self.tensors.values())).device
             ones = torch.ones(extent, device=device)

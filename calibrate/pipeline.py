@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig
 
 from ..checkpoint import TensorSpec
 from ..errors import CalibrationError, ConfigError
@@ -34,6 +33,7 @@ from .publish import Losses, Report, publish
 from .recipe import Recipe
 from .record import CALIBRATION, CalibrationRecord
 from .refine import LearnedLayer, RefinedModel, refine_layer, refine_model
+from .rotary import model_config
 from .scratch import Scratch
 from .smooth import smooth_scales
 from .source import Source
@@ -190,7 +190,7 @@ class Calibration:
         self.windows, self.training = windows, training
         self.transforms: Transforms | Learned
         self.transforms = Transforms.of(self.shape, config.rotations)
-        hf_config = LlamaConfig.from_pretrained(source.directory)
+        hf_config = model_config(source.directory, self.shape)
         served = online(config.scheme, self.transforms)
         self.plain = DecoderStages(hf_config, self.shape, device=device)
         rotated = replace(served, activations=None, kv4=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama in plain torch that computes what the server is asked to compute.
+"""A model in plain torch that computes what the server is asked to compute.
 
 It runs the operators in the arithmetic that defines what every backend computes, one
 sequence at a time. The served model is tested against it; perplexities "by the
@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..architecture import ModelShape, check_scheme, flag_only_rotations
 from ..checkpoint import check_plain_checkpoint
@@ -28,6 +26,7 @@ from ..takeover.checkpoint import check_foreign_checkpoint, read_quantization
 from ..takeover.foreign import ForeignFormat
 from ..verification import Verification
 from .reference_weights import WeightReader
+from .rotary import RotaryEmbedding, model_config
 
 _BLOCK_SIZE = 16
 
@@ -47,7 +46,7 @@ def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
 
 
 class ReferenceModel:
-    """Llama forward over one sequence, or several side by side.
+    """Forward over one sequence, or several side by side.
 
     Everything is computed in float32; what a server holds in its dtype between two
     operators is rounded to ``dtype``, once, at the places where a compiled model
@@ -96,9 +95,9 @@ class ReferenceModel:
             Verification(Path(model)).finish()
         self.config, self.dtype = config, dtype
         self.scheme_name = self.config.scheme.name if self.config else "float"
-        hf_config = LlamaConfig.from_pretrained(model)
+        hf_config = model_config(model, self.shape)
         self.eps = float(hf_config.rms_norm_eps)
-        self.rotary = LlamaRotaryEmbedding(hf_config)
+        self.rotary = RotaryEmbedding(hf_config)
         reader = WeightReader(Path(model), self.shape, self.config, stored, dtype)
         self.tensors = reader.norms()
         self.vocabulary = reader.vocabulary()
@@ -169,9 +168,13 @@ class ReferenceModel:
         The norm sees the sum before it is rounded into the residual stream.
         """
         x = x + residual
+        return self._norm(x, name), self._round(x)
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """RMSNorm over the last dimension."""
         variance = x.pow(2).mean(dim=-1, keepdim=True)
         normed = x * torch.rsqrt(variance + self.eps)
-        return self._round(normed * self.tensors[f"{name}.weight"]), self._round(x)
+        return self._round(normed * self.tensors[f"{name}.weight"])
 
     def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -198,28 +201,36 @@ class ReferenceModel:
         q, k, v = qkv.unflatten(-1, (-1, shape.head_dim)).split(
             [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1
         )
+        if shape.architecture.qk_norm:
+            q = self._norm(q, prefix + "self_attn.q_norm")
+            k = self._norm(k, prefix + "self_attn.k_norm")
         q, k = (self._rope(t, cos, sin) for t in (q, k))
         attend: Callable[..., torch.Tensor] = _attend
         if self.config is not None and self.config.scheme.kv_cache.bits == 4:
             rotate = self.config.rotations.k is not None
             attend = functools.partial(_attend_through_cache, rotate=rotate)
+        attend = functools.partial(attend, window=shape.sliding_window)
         sequences = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
         attended = torch.cat([attend(*each) for each in sequences])
         return self._round(attended.flatten(1))
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
+) -> torch.Tensor:
     """Causal attention of one sequence, in float64: ``[tokens, heads, head_dim]``."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1).double() for t in (k, v))
     scores = torch.einsum("qhd,thd->hqt", q.double(), k) * q.shape[2] ** -0.5
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(-window)
     probabilities = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
     return torch.einsum("hqt,thd->qhd", probabilities, v)
 
 
 def _attend_through_cache(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotate: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, rotate: bool
 ) -> torch.Tensor:
     """The same over packed pages, by the operators that are served.
 
@@ -236,4 +247,4 @@ def _attend_through_cache(
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     lengths = starts[1:]
     scale = head_dim**-0.5
-    return kv4_attention(q, cache, table, starts, lengths, scale, None, None, rotate)
+    return kv4_attention(q, cache, table, starts, lengths, scale, window, None, rotate)

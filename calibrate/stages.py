@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama decoder layer in stages, in any float dtype, with quantizers that can be off.
+"""A decoder layer in stages, in any float dtype, with quantizers that can be off.
 
 Calibration runs it over many windows at once, and gradients pass through its
 quantizers. It uses the serving grids but float GEMMs; ``reference_model.py`` is the
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import PreTrainedConfig
 
 from ..architecture import ModelShape
 from ..kernels.grid import IntGrid
+from .rotary import RotaryEmbedding
 from .straight_through import fake_quantize, through_cache
 from .transforms import Orthogonal
 
@@ -65,7 +65,7 @@ class DecoderStages:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: PreTrainedConfig,
         shape: ModelShape,
         online: Online | None = None,
         device: str = "cpu",
@@ -73,7 +73,7 @@ class DecoderStages:
         self.shape = shape
         self.online = online or Online()
         self.eps = float(config.rms_norm_eps)
-        self.rotary = LlamaRotaryEmbedding(config).to(device)
+        self.rotary = RotaryEmbedding(config).to(device)
 
     def input_of(
         self, stage: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor
@@ -92,7 +92,7 @@ class DecoderStages:
                 return rotated(h, self.online.attn_input)
             case "o_input":
                 h = self.input_of("attn_input", weights, x)
-                return self._attend(*self.linears("attn_input", weights, h))
+                return self._attend(weights, *self.linears("attn_input", weights, h))
             case "mlp_input":
                 h = self.norm(x, weights["post_attention_layernorm.weight"])
                 return rotated(h, self.online.mlp_input)
@@ -140,19 +140,35 @@ class DecoderStages:
         return x if grid is None else fake_quantize(x, grid)
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        weights: Mapping[str, torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
     ) -> torch.Tensor:
         """Causal attention from projections ``[windows, tokens, heads * head_dim]``."""
         q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)) for t in (q, k, v))
+        if self.shape.architecture.qk_norm:
+            q = self.norm(q, weights["self_attn.q_norm.weight"])
+            k = self.norm(k, weights["self_attn.k_norm.weight"])
         q, k = self._rope(q), self._rope(k)
         q, k = rotated(q, self.online.key), rotated(k, self.online.key)
         if self.online.kv4:
             k, v = through_cache(k), through_cache(v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mask = self._mask(q.shape[2], q.device)
         attended = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         return attended.transpose(1, 2).flatten(2)
+
+    def _mask(self, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """bool ``[tokens, tokens]``, what is attended to; None for all that came."""
+        window = self.shape.sliding_window
+        if window is None or window >= tokens:
+            return None
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        return seen.triu(1 - window)
 
     def _rope(self, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)

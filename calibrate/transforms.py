@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Function-preserving transforms of a Llama, and folding them into its weights.
+"""Function-preserving transforms of a model, and folding them into its weights.
 
 Row-vector convention: an activation x becomes ``x R``; a weight ``[out, in]`` that
 reads it becomes ``W R``, one that writes it ``R^T W``. Checkpoints are folded in
@@ -102,7 +102,8 @@ class LayerTransforms:
             bias, which attention's weights let pass as they sum to one; only where
             v and o have biases.
         key_scale: ``[num_kv_heads, head_dim / 2]``, tied over the pairs that RoPE
-            rotates; k is multiplied, q divided.
+            rotates; k is multiplied, q divided. ``[1, head_dim / 2]`` where norms of
+            queries and keys, whose weights all heads share, have to take it.
         up_scale: ``[intermediate]``, between up and down.
         down: applied to down_proj's input at run time; only its inverse is folded.
         attn_input: the same of q, k and v, after ``attn_scale``.
@@ -119,6 +120,18 @@ class LayerTransforms:
     down: Orthogonal | None = None
     attn_input: Orthogonal | None = None
     mlp_input: Orthogonal | None = None
+
+
+def scale_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Of the scales of one layer, by their names in :class:`LayerTransforms`."""
+    key_heads = 1 if shape.architecture.qk_norm else shape.num_kv_heads
+    return {
+        "attn_scale": (shape.hidden_size,),
+        "mlp_scale": (shape.hidden_size,),
+        "value_scale": (shape.num_kv_heads * shape.head_dim,),
+        "key_scale": (key_heads, shape.head_dim // 2),
+        "up_scale": (shape.intermediate_size,),
+    }
 
 
 def fold_layer(
@@ -196,6 +209,11 @@ def _fold_keys(tensors: Tensors, shape: ModelShape, scale: torch.Tensor | None) 
         return
     # Half-split RoPE rotates element i with element i + head_dim / 2.
     per_head = torch.cat((scale, scale), dim=-1)
+    if shape.architecture.qk_norm:
+        for name, factor in (("k_norm", per_head[0]), ("q_norm", 1 / per_head[0])):
+            norm = f"self_attn.{name}.weight"
+            tensors[norm] = tensors[norm] * factor
+        return
     group = shape.num_heads // shape.num_kv_heads
     _scale_rows(tensors, "self_attn.k_proj", per_head.flatten())
     _scale_rows(

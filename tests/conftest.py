@@ -37,10 +37,13 @@ def _tiny_model(
     shards: int = 1,
     dtype: str = "bfloat16",
     tokenizer: bool = False,
+    architecture: str = "LlamaForCausalLM",
     **config: Any,
 ) -> Path:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
+
+    model_class = getattr(transformers, architecture)
 
     sizes = {
         "hidden_size": 128,
@@ -53,12 +56,12 @@ def _tiny_model(
         "max_position_embeddings": 256,
         "tie_word_embeddings": False,
     }
-    hf_config = LlamaConfig(
-        architectures=["LlamaForCausalLM"], dtype=dtype, **{**sizes, **config}
+    hf_config = model_class.config_class(
+        architectures=[architecture], dtype=dtype, **{**sizes, **config}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(hf_config).to(getattr(torch, dtype))
+        model = model_class(hf_config).to(getattr(torch, dtype))
     state = {name: t.contiguous() for name, t in model.state_dict().items()}
     if hf_config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -94,8 +97,9 @@ def _save(directory: Path, tensors: dict[str, Any], shards: int) -> None:
 def tiny_model() -> Callable[..., Path]:
     """Writes a random checkpoint: ``tiny_model(directory, shards=2, **config)``.
 
-    Other arguments: ``dtype``, and ``tokenizer=True`` to make it servable. Returns
-    the directory. Weights are the same in every call with the same sizes.
+    Of a Llama, or of ``architecture="Qwen2ForCausalLM"``. Other arguments: ``dtype``,
+    and ``tokenizer=True`` to make it servable. Returns the directory. Weights are the
+    same in every call with the same sizes.
     """
     return _tiny_model
 

@@ -19,8 +19,13 @@ from vllm_lowbit.architecture import (
 from vllm_lowbit.errors import UnsupportedError
 from vllm_lowbit.kernels.hadamard.matrices import exists
 from vllm_lowbit.schema import DEFAULT_SCHEME, Rotation, scheme_from_name
+from vllm_lowbit.supported_models import ARCHITECTURES
 
 W4A4KV4 = scheme_from_name(DEFAULT_SCHEME)
+QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
 
 
 def config(**keys: Any) -> dict[str, Any]:
@@ -55,17 +60,58 @@ def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> ModelShape
         ({"num_key_value_heads": 4}, {"num_kv_heads": 4}),
         ({"num_key_value_heads": 1}, {"num_kv_heads": 1}),
         ({"head_dim": 128}, {"head_dim": 128, "hidden_size": 256, "num_heads": 4}),
-        ({"attention_bias": True}, {"attention_bias": True, "mlp_bias": False}),
-        ({"mlp_bias": True}, {"attention_bias": False, "mlp_bias": True}),
+        ({"attention_bias": True}, {"biases": QKV | {"self_attn.o_proj"}}),
+        (
+            {"mlp_bias": True},
+            {"biases": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}},
+        ),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
+        ({**QWEN2}, {"biases": QKV, "sliding_window": None}),
+        ({**QWEN2, "sliding_window": 64}, {"sliding_window": None}),
+        ({**MISTRAL, "sliding_window": 64}, {"sliding_window": 64, "biases": set()}),
+        ({**QWEN3, "head_dim": 32}, {"head_dim": 32, "biases": set()}),
     ],
-    ids=["gqa", "mha-default", "mha", "mqa", "head-dim", "qkvo-bias", "bias", "tied"],
 )
 def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
-    found = dataclasses.asdict(ModelShape.from_config(config(**keys), "config.json"))
-    assert expected.items() <= found.items()
-    assert (found["intermediate_size"], found["num_layers"]) == (768, 2)
-    assert found["vocab_size"] == 1000
+    found = ModelShape.from_config(config(**keys), "config.json")
+    for name, value in expected.items():
+        assert getattr(found, name) == value
+    assert (found.intermediate_size, found.num_layers) == (768, 2)
+    assert found.vocab_size == 1000
+
+
+NOT_NULL = {  # transformers' config class refuses these
+    ("MistralForCausalLM", "num_key_value_heads"),
+    ("Qwen3ForCausalLM", "head_dim"),
+}
+LEFT_OUT = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped", "how"),
+    [
+        (name, dropped, how)
+        for name in ARCHITECTURES
+        for dropped in LEFT_OUT
+        for how in ("missing", "null")
+        if how == "missing" or (name, dropped) not in NOT_NULL
+    ],
+)
+def test_keys_left_out_mean_what_they_mean_to_transformers(
+    name: str, dropped: str, how: str
+) -> None:
+    """Whether config.json or transformers' config is read."""
+    transformers = pytest.importorskip("transformers")
+    keys = {**config(), "num_attention_heads": 32, "hidden_size": 1024}
+    if name != "Qwen2ForCausalLM":
+        keys["head_dim"] = 64
+    keys["architectures"] = [name]
+    keys.pop(dropped, None)
+    if how == "null":
+        keys[dropped] = None
+    config_class = getattr(transformers, name).config_class
+    expected = ModelShape.from_config(config_class(**keys).to_dict(), "config.json")
+    assert ModelShape.from_config(keys, "config.json") == expected
 
 
 @pytest.mark.parametrize(
@@ -76,6 +122,7 @@ def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
         ["GPT2LMHeadModel"],
         ["LlamaForSequenceClassification"],
         ["Qwen2ForCausalLM", "LlamaForCausalLM"],
+        ["Qwen2MoeForCausalLM"],
         "LlamaForCausalLM",
         5,
         True,
@@ -88,7 +135,8 @@ def test_other_architectures(architectures: object) -> None:
         ModelShape.from_config(config(architectures=architectures), "m/config.json")
     assert str(error.value) == (
         f"m/config.json: architectures {architectures!r} is not supported; "
-        "supported: LlamaForCausalLM"
+        "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
+        "Qwen3ForCausalLM"
     )
 
 
@@ -139,6 +187,15 @@ def test_kv_heads_must_divide_heads() -> None:
     )
 
 
+OTHER_KEYS = (
+    "mlp_bias",
+    "architectures",
+    "model_type",
+    "sliding_window",
+    "layer_types",
+    "rope_scaling",
+    "rope_theta",
+)
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
@@ -147,6 +204,10 @@ JUNK = st.one_of(
     st.floats(),
     st.text(max_size=5),
     st.lists(st.integers(), max_size=2),
+    st.dictionaries(
+        st.sampled_from(["rope_type", "type", "factor", "truncate"]),
+        st.one_of(st.integers(), st.floats(), st.sampled_from(["yarn", "linear"])),
+    ),
 )
 
 
@@ -154,7 +215,7 @@ JUNK = st.one_of(
 @example({"head_dim": 1})
 @example({"head_dim": MAX_SIZE})
 @example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1})
-@given(st.dictionaries(st.sampled_from([*SIZES, "mlp_bias", "architectures"]), JUNK))
+@given(st.dictionaries(st.sampled_from([*SIZES, *OTHER_KEYS]), JUNK))
 def test_any_config_is_read_or_refused(keys: dict[str, Any]) -> None:
     """Also whatever follows from it: bounded work, errors of one kind."""
     try:
@@ -195,15 +256,21 @@ def test_largest_sizes_take_bounded_time_and_memory() -> None:
         {"attention_bias": True},
         {"mlp_bias": True, "num_hidden_layers": 1},
         {"tie_word_embeddings": True},
+        MISTRAL,
+        QWEN2,
+        {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        QWEN3,
+        {**QWEN3, "head_dim": 32, "tie_word_embeddings": True},
     ],
-    ids=["gqa", "mha", "mqa", "head-dim", "attention-bias", "mlp-bias", "tied"],
 )
 def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    hf_config = transformers.LlamaConfig(**{**config(), **keys})
+    keys = {**config(), **keys}
+    model_class = getattr(transformers, keys["architectures"][0])
+    hf_config = model_class.config_class(**keys)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(hf_config)
+        model = model_class(hf_config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if keys.get("tie_word_embeddings"):
         assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -67,7 +67,7 @@ CASES = {
         "gpt2",
         [],
         "config.json: architectures ['GPT2LMHeadModel'] is not supported; supported: "
-        "LlamaForCausalLM",
+        "LlamaForCausalLM, MistralForCausalLM, ",
     ),
     # vLLM's own message: it takes a path that does not exist for a hub name.
     "missing-directory": Case("nowhere", [], "nowhere'"),

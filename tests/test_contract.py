@@ -169,20 +169,26 @@ def _(symbol: Any, real: Any) -> None:
             symbol(loader, directory, None, None, True, None)
 
 
-def gate_up(real: Any, parts: int, last: float = 1.0) -> Any:
-    """A fused linear with its first parts loaded through vLLM's loader."""
+def gate_up(real: Any, parts: int, last: float = 1.0, bias: bool = False) -> Any:
+    """A fused linear with its first parts loaded through vLLM's loader.
+
+    Each part's bias comes before its weight, as names are ordered in files.
+    """
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
     layer = MergedColumnParallelLinear(
         256,
         [32, 32],
-        bias=False,
+        bias=bias,
         quant_config=real.quant,
         prefix="layers.0.mlp.gate_up_proj",
         disable_tp=True,
         params_dtype=torch.bfloat16,
     )
     for part in range(parts):
+        if bias:
+            part_bias = torch.full((32,), 1.0 + part, dtype=torch.bfloat16)
+            layer.bias.weight_loader(layer.bias, part_bias, part)
         rows = torch.ones(32, 256, dtype=torch.bfloat16)
         rows[-1, -1] = last if part == 1 else 1.0
         layer.weight.weight_loader(layer.weight, rows, part)
@@ -221,6 +227,10 @@ def _(symbol: Any, real: Any) -> None:
     codes = layer.weight
     layer.quant_method.process_weights_after_loading(layer)  # as the loader does
     assert layer.weight is codes
+    assert gate_up(real, 1, bias=True).weight.is_meta
+    biased = gate_up(real, 2, bias=True)
+    assert not biased.weight.is_meta
+    assert biased.bias.tolist() == [1.0] * 32 + [2.0] * 32
 
 
 @holds("Attention")

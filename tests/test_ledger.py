@@ -74,7 +74,7 @@ VARIABLES = {
         "vllm_config.device_config": "DeviceConfig",
         "model": "ModelConfig",
     },
-    "parameters.py": {"info": "LayerReloadingInfo"},
+    "parameters.py": {"info": "LayerReloadingInfo", "linear": "LinearBase"},
     "refusals.py": {
         "vllm_config": "VllmConfig",
         "model": "ModelConfig",

@@ -23,6 +23,7 @@ from vllm_lowbit.load_time import (
     rotations_of,
 )
 from vllm_lowbit.schema import Rotation, Rotations, Weights, scheme_from_name
+from vllm_lowbit.supported_models import LLAMA
 
 ROLES = tuple(role for parts in FUSED.values() for role in parts)
 
@@ -60,11 +61,12 @@ def _seed() -> None:
 
 # Sizes whose cores are not symmetric, so that H and its transpose differ; a head
 # size apart from hidden / heads; grouped, multi-query and multi-head attention.
+BIASES = frozenset(name for names in LLAMA.bias_keys.values() for name in names)
 SHAPES = {
-    "gqa": ModelShape(224, 576, 1, 8, 2, 80, 64, True, True, False),
-    "mqa": ModelShape(112, 448, 1, 6, 1, 64, 64, True, True, False),
-    "mha": ModelShape(320, 160, 1, 4, 4, 96, 64, True, True, False),
-    "one head": ModelShape(64, 96, 1, 1, 1, 128, 64, True, True, False),
+    "gqa": ModelShape(224, 576, 1, 8, 2, 80, 64, False, BIASES),
+    "mqa": ModelShape(112, 448, 1, 6, 1, 64, 64, False, BIASES),
+    "mha": ModelShape(320, 160, 1, 4, 4, 96, 64, False, BIASES),
+    "one head": ModelShape(64, 96, 1, 1, 1, 128, 64, False, BIASES),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 

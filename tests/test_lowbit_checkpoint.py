@@ -228,7 +228,7 @@ def test_config_that_says_otherwise(
 
 
 def test_every_scheme_has_its_tensors() -> None:
-    shape = ModelShape(128, 256, 1, 2, 2, 64, 100, False, False, False)
+    shape = ModelShape(128, 256, 1, 2, 2, 64, 100, False)
     plain = shape.tensors()
     for name in SCHEME_NAMES:
         scheme = scheme_from_name(name)

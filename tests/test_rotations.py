@@ -11,7 +11,7 @@ from vllm_lowbit.errors import ConfigError
 from vllm_lowbit.rotations import check_rotations
 from vllm_lowbit.schema import LowbitConfig, Rotation, scheme_from_name
 
-SHAPE = ModelShape(384, 1152, 2, 8, 2, 64, 512, False, False, False)
+SHAPE = ModelShape(384, 1152, 2, 8, 2, 64, 512, False)
 TIED = replace(SHAPE, tie_word_embeddings=True)
 
 

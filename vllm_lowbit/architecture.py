@@ -12,18 +12,25 @@ from .errors import UnsupportedError
 from .kernels.hadamard.matrices import exists, largest_order
 from .kernels.kv4_store.layout import HEAD_DIMS
 from .schema import Rotation, Rotations, Scheme
+from .supported_models import LLAMA, Architecture, architecture_of
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 MIN_BLOCK = 16
 # Tensor parallel sizes that one model may be served with, largest first.
 PARALLEL_SIZES = (8, 4, 2, 1)
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1 << 12
+MAX_WINDOW = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-architecture model, in elements."""
+    """Sizes of a model, in elements, and what its architecture adds to them.
+
+    Attributes:
+        biases: linears that have one, by name after ``model.layers.N.``.
+        sliding_window: tokens that a token attends to, itself included; None for all.
+        architecture: in what it differs from others.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -32,9 +39,10 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    attention_bias: bool
-    mlp_bias: bool
     tie_word_embeddings: bool
+    biases: frozenset[str] = frozenset()
+    sliding_window: int | None = None
+    architecture: Architecture = LLAMA
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> "ModelShape":
@@ -45,18 +53,14 @@ class ModelShape:
             source: file named in errors.
 
         Raises:
-            UnsupportedError: for another architecture, or sizes that cannot be.
+            UnsupportedError: for another architecture, sizes that cannot be, or a key
+                that asks for what is not computed.
         """
-        architectures = config.get("architectures")
-        if architectures not in [[name] for name in SUPPORTED_ARCHITECTURES]:
-            raise UnsupportedError(
-                f"{source}: architectures {architectures!r} is not supported; "
-                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
+        architecture = architecture_of(config, source)
 
-        def size(key: str, default: int | None = None, largest: int = MAX_SIZE) -> int:
-            value = config.get(key)
-            value = default if value is None else value
+        def size(key: str, derived: int | None = None, largest: int = MAX_SIZE) -> int:
+            value = config.get(key, architecture.defaults.get(key))
+            value = derived if value is None else value
             if type(value) is not int or not 0 < value <= largest:
                 raise UnsupportedError(
                     f"{source}: {key} must be an integer from 1 to {largest}, got "
@@ -85,6 +89,20 @@ class ModelShape:
                 f"{source}: num_attention_heads {heads} * head_dim {head_dim} is "
                 f"larger than {MAX_SIZE}"
             )
+        if architecture.whole_heads and heads * head_dim != hidden:
+            raise UnsupportedError(
+                f"{source}: head_dim {head_dim} is not supported with "
+                f"{architecture.name}; supported: hidden_size {hidden} / "
+                f"num_attention_heads {heads}"
+            )
+        window = None
+        given = config.get(
+            "sliding_window", architecture.defaults.get("sliding_window")
+        )
+        if architecture.window == "every layer" and given is not None:
+            window = size("sliding_window", largest=MAX_WINDOW)
+        keys = [key for key in architecture.bias_keys if flag(key)]
+        biased = [name for key in keys for name in architecture.bias_keys[key]]
         return cls(
             hidden_size=hidden,
             intermediate_size=size("intermediate_size"),
@@ -93,9 +111,10 @@ class ModelShape:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=size("vocab_size"),
-            attention_bias=flag("attention_bias"),
-            mlp_bias=flag("mlp_bias"),
             tie_word_embeddings=flag("tie_word_embeddings"),
+            biases=frozenset((*architecture.biases, *biased)),
+            sliding_window=window,
+            architecture=architecture,
         )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -103,13 +122,13 @@ class ModelShape:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         hidden, intermediate = self.hidden_size, self.intermediate_size
         linears = {
-            "self_attn.q_proj": (q, hidden, self.attention_bias),
-            "self_attn.k_proj": (kv, hidden, self.attention_bias),
-            "self_attn.v_proj": (kv, hidden, self.attention_bias),
-            "self_attn.o_proj": (hidden, q, self.attention_bias),
-            "mlp.gate_proj": (intermediate, hidden, self.mlp_bias),
-            "mlp.up_proj": (intermediate, hidden, self.mlp_bias),
-            "mlp.down_proj": (hidden, intermediate, self.mlp_bias),
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "mlp.down_proj": (hidden, intermediate),
         }
         names: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, hidden),
@@ -121,10 +140,13 @@ class ModelShape:
             prefix = f"model.layers.{layer}."
             names[prefix + "input_layernorm.weight"] = (hidden,)
             names[prefix + "post_attention_layernorm.weight"] = (hidden,)
-            for name, (n, k, bias) in linears.items():
+            for name, (n, k) in linears.items():
                 names[f"{prefix}{name}.weight"] = (n, k)
-                if bias:
+                if name in self.biases:
                     names[f"{prefix}{name}.bias"] = (n,)
+            if self.architecture.qk_norm:
+                names[prefix + "self_attn.q_norm.weight"] = (self.head_dim,)
+                names[prefix + "self_attn.k_norm.weight"] = (self.head_dim,)
         return names
 
 

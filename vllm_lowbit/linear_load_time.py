@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from . import truth
 from .linear import LowbitLinearMethod
 from .load_time import fold_bias, quantize_linear
-from .parameters import check_loaded, create_float
+from .parameters import check_loaded, count_bias, create_float
 from .worker_metrics import load_time
 
 
@@ -42,6 +42,7 @@ class LoadTimeLinearMethod(LowbitLinearMethod):
             params_dtype,
             extra_weight_attrs,
         )
+        count_bias(layer)
 
     @load_time
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a quantized layer's weight arrives: float, to be quantized, or packed."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,29 @@ def create_float(
     set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **attributes})
     layer.register_parameter("weight", weight)
     initialize_online_processing(layer)
+
+
+def count_bias(linear: Any) -> None:
+    """Let a bias that is loaded before the weight count as a part of the layer.
+
+    vLLM gives a linear its bias after its weight, and notices only when another
+    tensor of the layer has been loaded. The layer would never be whole, and its float
+    weight stay in memory.
+
+    Args:
+        linear: layer of :func:`create_float`, which has no bias yet.
+    """
+    original = linear.weight_loader
+
+    @functools.wraps(original)
+    def load(param: Any, *args: object, **kwargs: object) -> object:
+        loader = original
+        if param.weight_loader is load and not get_layerwise_info(linear).load_numel:
+            initialize_online_processing(linear)
+            loader = param.weight_loader
+        return loader(param, *args, **kwargs)
+
+    linear.weight_loader = load
 
 
 def check_loaded(layer: Any, name: str, elements: int | None = None) -> None:

@@ -9,13 +9,13 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
 from ...kernels.grid import IntGrid
 from ...load_time import check_finite
 from ...schema import LowbitConfig
 from ..plan import Transforms, online
 from ..recipe import Recipe
+from ..rotary import model_config
 from ..source import Source
 from ..stages import DecoderStages
 from ..vocabulary import Vocabulary, plain_vocabulary
@@ -55,7 +55,7 @@ def learn_transforms(
     """
     device, scheme = str(windows.device), quantization.scheme
     fixed = Transforms.of(source.shape, quantization.rotations)
-    config = LlamaConfig.from_pretrained(source.directory)
+    config = model_config(source.directory, source.shape)
     layers = [_layer(source, index, device) for index in range(source.shape.num_layers)]
     plain = plain_vocabulary(source)
     vocabulary = Vocabulary(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from ...architecture import ModelShape
 from ...kernels.grid import IntGrid
@@ -32,7 +32,7 @@ class LearningModel:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: PreTrainedConfig,
         shape: ModelShape,
         layers: Sequence[Tensors],
         vocabulary: Vocabulary,

@@ -6,23 +6,10 @@ from typing import Any
 
 import torch
 
-from ...architecture import ModelShape
 from ..plan import Transforms
 from ..transforms import Dense, LayerTransforms, Orthogonal
 
-SCALES = ("attn_scale", "mlp_scale", "value_scale", "key_scale", "up_scale")
 Tensors = dict[str, torch.Tensor]
-
-
-def scale_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Of the scales of one layer, by their names in LayerTransforms."""
-    return {
-        "attn_scale": (shape.hidden_size,),
-        "mlp_scale": (shape.hidden_size,),
-        "value_scale": (shape.num_kv_heads * shape.head_dim,),
-        "key_scale": (shape.num_kv_heads, shape.head_dim // 2),
-        "up_scale": (shape.intermediate_size,),
-    }
 
 
 @dataclass(frozen=True)
@@ -33,7 +20,8 @@ class Parameters:
         fixed: the transforms that are not.
         rotations: ``residual`` ``[1, hidden, hidden]`` and ``value``
             ``[layers, num_kv_heads, head_dim, head_dim]``.
-        log_scales: by name, ``[layers, ...]``; see :func:`scale_shapes`.
+        log_scales: by name, ``[layers, ...]``; see
+            :func:`~..transforms.scale_shapes`.
         learned: the names of those that are; other scales stay as they start.
     """
 

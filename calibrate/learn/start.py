@@ -11,8 +11,8 @@ from ...kernels.hadamard.signs import random_signs
 from ..equalize import up_scale, value_scale
 from ..plan import Transforms
 from ..recipe import Recipe
-from ..transforms import NORMS, SignedHadamard
-from .parameters import Parameters, Tensors, scale_shapes
+from ..transforms import NORMS, SignedHadamard, scale_shapes
+from .parameters import Parameters, Tensors
 from .teacher import Teacher
 
 OUT, DOWN = "self_attn.o_proj.weight", "mlp.down_proj.weight"

@@ -96,6 +96,13 @@ def test_trained_model(tmp_path: Path, name: str, options: dict[str, Any]) -> No
         {"tie_word_embeddings": True, "hidden_size": 192, "shards": 2},
         {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
         {"head_dim": 80, "num_key_value_heads": 4, "dtype": "float16"},
+        {"architecture": "MistralForCausalLM", "sliding_window": 50},
+        {
+            "architecture": "Qwen2ForCausalLM",
+            "hidden_size": 256,
+            "tie_word_embeddings": True,
+        },
+        {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
     ],
 )
 def test_random_models(
@@ -158,6 +165,10 @@ TRAINED: dict[str, dict[str, Any]] = {
         "weights": {"method": "omniquant"},
         "omniquant": {"epochs": 1, "let": True},
     },
+    "omniquant, qwen3": {
+        "weights": {"method": "omniquant"},
+        "omniquant": {"epochs": 1, "let": True},
+    },
     "refine": {"refine": {"scope": "model", "samples": 24, "steps": 3, "batch": 2}},
     "refine_layers": {
         "transforms": {"equalize": True},
@@ -167,11 +178,14 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 
 
+OF = {"omniquant, qwen3": {"architecture": "Qwen3ForCausalLM"}}
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_serves_what_it_measured_and_repeats(
     tmp_path: Path, tiny_model: Callable[..., Path], name: str
 ) -> None:
-    model = tiny_model(tmp_path / "base", tokenizer=True)
+    model = tiny_model(tmp_path / "base", tokenizer=True, **OF.get(name, {}))
     data = {"samples": 8, "seq_len": 32}
     recipe = Recipe.model_validate({"data": data, **TRAINED[name]})
     outs = []
@@ -185,6 +199,7 @@ def test_training_serves_what_it_measured_and_repeats(
     assert len(record["layers"]) == 14
     curves = {
         "omniquant": {f"omniquant.model.layers.{i}" for i in range(2)},
+        "omniquant, qwen3": {f"omniquant.model.layers.{i}" for i in range(2)},
         "refine": {"refine", "refine.validation"},
         "refine_layers": {f"refine.model.layers.{i}" for i in range(2)},
     }

@@ -275,8 +275,6 @@ class TestLearn:
                 num_kv_heads=hidden // 64,
                 head_dim=64,
                 vocab_size=4096,
-                attention_bias=False,
-                mlp_bias=False,
                 tie_word_embeddings=False,
             )
             learn = load_recipe("ostquant").sized(shape).learn
@@ -290,7 +288,7 @@ class TestLearn:
 
     def test_given_sizes_stay(self) -> None:
         recipe = Recipe.model_validate(_learning(steps=7, tokens_per_step=100))
-        shape = ModelShape(64, 64, 1, 1, 1, 64, 64, False, False, False)
+        shape = ModelShape(64, 64, 1, 1, 1, 64, 64, False)
         assert recipe.sized(shape) == recipe
         assert load_recipe("lowbit").sized(shape) == load_recipe("lowbit")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.errors import CheckpointError, ConfigError
@@ -24,6 +25,19 @@ ROTATIONS = {
     "o_input": {"apply": "online", "order": 4, "block": 256},
     "mlp_input": {"apply": "online", "order": 12, "block": 24},
     "down_input": {"apply": "online", "order": 256, "block": 256},
+}
+# Two query heads for a key, and a hidden size of all heads, which Qwen2 needs.
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {
+        "architecture": "MistralForCausalLM",
+        "sliding_window": 9,
+        "initializer_range": 0.05,
+    },
+    "qwen2": {"architecture": "Qwen2ForCausalLM", **HEADS},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", **HEADS},
 }
 FINE = {
     "weights": {"bits": 8, "symmetric": True, "group_size": 32},
@@ -40,9 +54,8 @@ def plain(tmp_path_factory: Any, tiny_model: Any, rewrite: Any) -> Callable[...,
         directory = tiny_model(
             tmp_path_factory.mktemp("plain"),
             dtype="float32",
-            initializer_range=0.1,
             tie_word_embeddings=tied,
-            **{"hidden_size": 384, **config},
+            **{"hidden_size": 384, "initializer_range": 0.1, **config},
         )
 
         def spread(tensors: dict[str, torch.Tensor]) -> None:
@@ -102,17 +115,17 @@ def test_function_of_the_source(
 
 @pytest.mark.parametrize("vocab_bits", [16, 8])
 @pytest.mark.parametrize("scheme", ["w4a4kv4", "w2a16-g64", "w3a16"])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_is_the_plain_model_quantized_here(
     scheme: str,
     vocab_bits: int,
-    bias: bool,
+    variant: str,
     plain: Any,
     lowbit_checkpoint: Any,
     tmp_path: Path,
 ) -> None:
     """Bit for bit, whether the codes are made or read."""
-    source = plain(False, attention_bias=bias, mlp_bias=bias)
+    source = plain(False, **VARIANTS[variant])
     chosen = scheme_from_name(scheme, vocab_bits=vocab_bits)
     found = load_time_config(str(source), chosen)
     # A checkpoint has no input scales.
@@ -133,6 +146,18 @@ def test_is_the_plain_model_quantized_here(
     assert made.scheme_name == read.scheme_name == scheme
     assert read.config == config
     assert torch.equal(made(IDS), read(IDS))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_float_model_is_that_of_transformers(
+    variant: str, tied: bool, plain: Any
+) -> None:
+    directory = str(plain(tied, **VARIANTS[variant]))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(IDS.unsqueeze(0)).logits[0]
+    assert apart(ReferenceModel(directory)(IDS), expected) < 1e-5
 
 
 def test_float_model(plain: Any) -> None:

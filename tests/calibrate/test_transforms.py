@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.calibrate.stages import RESIDUAL_STAGES, DecoderStages, Online
@@ -20,6 +20,7 @@ from vllm_lowbit.calibrate.transforms import (
     fold_embedding,
     fold_head,
     fold_layer,
+    scale_shapes,
 )
 from vllm_lowbit.kernels.hadamard.matrices import largest_order
 from vllm_lowbit.kernels.hadamard.signs import random_signs
@@ -50,6 +51,32 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 128,
         }
     },
+    "mistral": {"architecture": "MistralForCausalLM", "sliding_window": 7},
+    "mistral, no window": {
+        "architecture": "MistralForCausalLM",
+        "sliding_window": None,
+        "num_key_value_heads": 1,
+    },
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "hidden_size": 256},
+    "qwen2, tied, yarn": {
+        "architecture": "Qwen2ForCausalLM",
+        "hidden_size": 256,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen3": {"architecture": "Qwen3ForCausalLM"},
+    "qwen3, tied, narrow heads": {
+        "architecture": "Qwen3ForCausalLM",
+        "head_dim": 12,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -62,20 +89,18 @@ def _orthogonal(random: Callable[..., torch.Tensor], blocks: int, size: int) -> 
     return Dense(q)
 
 
-def _all_of(
-    shape: ModelShape, random: Callable[..., torch.Tensor], biases: bool
-) -> LayerTransforms:
+def _all_of(shape: ModelShape, random: Callable[..., torch.Tensor]) -> LayerTransforms:
     """Every transform there is, random, the scales spread over a factor of 20."""
-    scale = lambda *size: random(*size).mul(0.75).exp()
     kv = shape.num_kv_heads
+    shifted = {"self_attn.v_proj", "self_attn.o_proj"} <= shape.biases
+    scales: dict[str, Any] = {
+        name: random(*size).mul(0.75).exp()
+        for name, size in scale_shapes(shape).items()
+    }
     return LayerTransforms(
-        attn_scale=scale(shape.hidden_size),
-        mlp_scale=scale(shape.hidden_size),
+        **scales,
         value=_orthogonal(random, kv, shape.head_dim),
-        value_scale=scale(kv * shape.head_dim),
-        value_shift=random(kv * shape.head_dim) if biases else None,
-        key_scale=scale(kv, shape.head_dim // 2),
-        up_scale=scale(shape.intermediate_size),
+        value_shift=random(kv * shape.head_dim) if shifted else None,
         down=SignedHadamard(largest_order(shape.intermediate_size)),
         attn_input=SignedHadamard(largest_order(shape.hidden_size)),
         mlp_input=SignedHadamard(2),
@@ -85,7 +110,9 @@ def _all_of(
 class _Model:
     """A float64 model from a state dict, folded with what is given."""
 
-    def __init__(self, config: LlamaConfig, state: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, state: dict[str, torch.Tensor]
+    ) -> None:
         self.config = config
         self.shape = ModelShape.from_config(config.to_dict(), "x")
         self.state = state
@@ -124,9 +151,9 @@ class _Model:
         return (h @ fold_head(head, self.state["model.norm.weight"], residual).t())[0]
 
 
-def _check(config: LlamaConfig, state: dict[str, torch.Tensor], seed: int) -> None:
+def _check(config: PreTrainedConfig, state: dict[str, torch.Tensor], seed: int) -> None:
     state = {name: tensor.double() for name, tensor in state.items()}
-    model = LlamaForCausalLM(config).double()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
@@ -141,11 +168,8 @@ def _check(config: LlamaConfig, state: dict[str, torch.Tensor], seed: int) -> No
     order = largest_order(shape.hidden_size)
     signed = SignedHadamard(order, random_signs(seed, shape.hidden_size))
     head = SignedHadamard(shape.head_dim)
-    biases = bool(config.attention_bias)
     for residual in (dense, signed):
-        logits = ours.logits(
-            ids, residual, lambda: _all_of(shape, random, biases), head
-        )
+        logits = ours.logits(ids, residual, lambda: _all_of(shape, random), head)
         assert (logits - expected).norm() < 1e-6 * expected.norm()
 
 
@@ -161,14 +185,14 @@ def test_random_models(
             tensor.add_(torch.rand(tensor.shape, generator=generator))
         else:
             tensor.mul_(20 if "embed" in tensor_name else 2)
-    _check(LlamaConfig.from_pretrained(directory), state, seed=7)
+    _check(AutoConfig.from_pretrained(directory), state, seed=7)
 
 
 @pytest.mark.parametrize("model", ["ref-7m", "ref-7m-outliers"])
 def test_trained_models(model: str) -> None:
     directory = MODELS / model
     state = load_file(directory / "model.safetensors")
-    _check(LlamaConfig.from_pretrained(directory), state, seed=3)
+    _check(AutoConfig.from_pretrained(directory), state, seed=3)
 
 
 def test_wrong_order_of_scale_and_hadamard_is_seen() -> None:

@@ -100,11 +100,17 @@ class _ServedReference(ReferenceModel):
         weight = self.tensors[f"{name}.weight"].to(self.dtype)
         x = x.to(self.dtype)
         if not residual.any():
-            return ir.ops.rms_norm(x, weight, self.eps, None).float(), x.float()
+            return self._norm(x, name), x.float()
         normed, residual = ir.ops.fused_add_rms_norm(
             x, residual.to(self.dtype), weight, self.eps, None
         )
         return normed.float(), residual.float()
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        from vllm import ir
+
+        weight = self.tensors[f"{name}.weight"].to(self.dtype)
+        return ir.ops.rms_norm(x.to(self.dtype), weight, self.eps, None).float()
 
     def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         from vllm.model_executor.layers.activation import SiluAndMul
@@ -128,14 +134,18 @@ class _ServedReference(ReferenceModel):
 
 @pytest.fixture(scope="session")
 def served_reference(model: str) -> Any:
-    """``served_reference(scheme, dtype)``: the reference of an eager server."""
+    """``served_reference(scheme, dtype, directory)``: the reference of an eager server
+    of a plain checkpoint."""
 
     def build(
-        scheme: str | Scheme, dtype: torch.dtype = torch.float32
+        scheme: str | Scheme,
+        dtype: torch.dtype = torch.float32,
+        directory: str = model,
     ) -> ReferenceModel:
         if isinstance(scheme, str):
             scheme = scheme_from_name(scheme)
-        return _ServedReference(model, load_time_config(model, scheme), dtype)
+        config = load_time_config(directory, scheme)
+        return _ServedReference(directory, config, dtype)
 
     return build
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_lowbit.calibrate.learn.end_to_end import learn_transforms
 from vllm_lowbit.calibrate.learn.parameters import Learned
@@ -71,7 +71,7 @@ def _logits(
         attn_input=fixed.attn_input,
         mlp_input=fixed.mlp_input,
     )
-    stages = DecoderStages(LlamaConfig.from_pretrained(model), source.shape, served)
+    stages = DecoderStages(AutoConfig.from_pretrained(model), source.shape, served)
     embedding = source.tensor("model.embed_tokens.weight")
     norm, head = source.tensor("model.norm.weight"), embedding
     if not source.shape.tie_word_embeddings:
@@ -101,7 +101,7 @@ def _check_exact(
     windows = torch.randint(vocab, (8, 32), generator=generator)
     learned, curve = _learn(model, recipe, windows, tmp_path)
     assert [step for step, _ in curve] == [1, 2, 3]
-    hf = LlamaForCausalLM.from_pretrained(model, dtype=torch.float64)
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     with torch.no_grad():
         expected = hf(windows[:2]).logits
         logits = _logits(model, recipe, learned, windows[:2])
@@ -123,6 +123,9 @@ def _check_exact(
         ({"tie_word_embeddings": True}, ALL | {"residual": "none"}),
         ({}, ALL | {"scales": "none", "equalize": True}),
         ({}, ALL | {"attn_input": "hadamard", "mlp_input": "hadamard"}),
+        ({"architecture": "MistralForCausalLM", "sliding_window": 9}, ALL),
+        ({"architecture": "Qwen2ForCausalLM", "hidden_size": 256}, ALL),
+        ({"architecture": "Qwen3ForCausalLM"}, ALL),
     ],
 )
 def test_exact_in_float64(

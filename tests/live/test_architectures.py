@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every architecture serves as its reference: with the flag alone, and calibrated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_lowbit.calibrate.pipeline import calibrate
+from vllm_lowbit.calibrate.recipe import load_recipe
+from vllm_lowbit.calibrate.reference_model import ReferenceModel
+from vllm_lowbit.calibrate.text import default_text
+
+pytestmark = pytest.mark.live
+
+EPS = 1e-3
+NEW_TOKENS = 40
+MODELS: dict[str, dict[str, Any]] = {
+    # Shorter than the prompts, and than two pages.
+    "mistral": {"architecture": "MistralForCausalLM", "sliding_window": 20},
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "hidden_size": 256},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
+}
+LEARNED = {
+    "transforms": {"value": "learned", "scales": "learned"},
+    "learn": {"steps": 2, "tokens_per_step": 64, "scale_lr": 0.1},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def plain(
+    request: pytest.FixtureRequest, tmp_path_factory: Any, tiny_model: Any, rewrite: Any
+) -> Path:
+    """A servable float32 model whose norms are not 1 and biases not 0."""
+    directory = tiny_model(
+        tmp_path_factory.mktemp(request.param),
+        dtype="float32",
+        tokenizer=True,
+        **{"initializer_range": 0.1, **MODELS[request.param]},
+    )
+
+    def spread(tensors: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        for tensor in tensors.values():
+            if tensor.dim() == 1:
+                tensor.uniform_(0.5, 1.5, generator=generator)
+
+    rewrite(directory, spread)
+    return directory
+
+
+@pytest.fixture
+def check(engine: Any, score: Any, prompts: list[str]) -> Any:
+    """``check(reference, directory, **arguments)``: tokens and log-probabilities."""
+
+    def run(reference: ReferenceModel, directory: Path, **arguments: Any) -> None:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True
+        )
+        with engine(
+            model=str(directory),
+            dtype="float32",
+            max_model_len=256,
+            **{"block_size": 16, **arguments},
+        ) as llm:
+            outputs = llm.generate(prompts[:6], parameters, use_tqdm=False)
+            sequences = [
+                [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs
+            ]
+            served = score(llm, sequences)
+        largest = 0.0
+        for output, ids, logits in zip(outputs, sequences, served, strict=True):
+            expected = reference(torch.tensor(ids))[:-1]
+            apart = logits.log_softmax(-1) - expected.log_softmax(-1)
+            assert apart.abs().max() < EPS
+            start = len(output.prompt_token_ids)
+            assert ids[start:] == expected[start - 1 :].argmax(-1).tolist()
+            largest = max(largest, float(expected.abs().max()))
+        assert largest > 1
+
+    return run
+
+
+def test_with_the_flag_alone(check: Any, served_reference: Any, plain: Path) -> None:
+    check(served_reference("w4a4kv4", directory=str(plain)), plain)
+
+
+def test_calibrated(
+    check: Any, served_checkpoint: Any, plain: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    recipe = load_recipe("quarot-gptq").override(samples=8, seq_len=64)
+    calibrate(str(plain), out, recipe, default_text(), "cpu")
+    check(served_checkpoint(out), out, quantization=None)
+
+
+@pytest.mark.parametrize("plain", ["mistral", "qwen3"], indirect=True)
+def test_a_cache_of_16_bits(check: Any, served_reference: Any, plain: Path) -> None:
+    """vLLM's own attention gets the same window, queries and keys."""
+    choice = {"quantization_config_dict_json": json.dumps({"scheme": "w4a4"})}
+    reference = served_reference("w4a4", directory=str(plain))
+    # The smallest page of vLLM's attention on a CPU.
+    check(reference, plain, hf_overrides=choice, block_size=32)

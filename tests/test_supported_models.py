@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config may not say is refused by name; RoPE is what vLLM computes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_lowbit.architecture import ModelShape
+from vllm_lowbit.checkpoint import check_plain_checkpoint
+from vllm_lowbit.errors import CheckpointError, UnsupportedError
+from vllm_lowbit.inspection import read_checkpoint
+from vllm_lowbit.manifest import require_headers, verify
+from vllm_lowbit.supported_models import ARCHITECTURES, architecture_of
+
+LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
+QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+EVERY = tuple(ARCHITECTURES)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FULL, SLIDING = "full_attention", "sliding_attention"
+REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
+    (EVERY, "model_type", "gpt2", "'{model_type}'"),
+    (EVERY, "hidden_act", "gelu", "'silu' or null"),
+    (EVERY, "is_causal", False, "true or null"),
+    (EVERY, "use_bidirectional_attention", True, "false or null"),
+    (EVERY, "attention_chunk_size", 1024, "null"),
+    (EVERY, "dual_chunk_attention_config", {"chunk_size": 8}, "null"),
+    (EVERY, "logit_scale", 0.5, "1.0 or null"),
+    (EVERY, "logit_scale", True, "1.0 or null"),
+    (EVERY, "bias", True, "false or null"),
+    (EVERY, "qkv_bias", True, "false or null"),
+    (EVERY, "qk_norm", True, "false or null"),
+    (EVERY, "llama_4_scaling", {"beta": 1}, "null"),
+    (EVERY, "ada_rms_norm_t_cond", True, "false or null"),
+    (EVERY, "partial_rotary_factor", 0.5, "1.0 or null"),
+    (EVERY, "rotary_pct", 0.5, "1.0 or null"),
+    (EVERY, "rotary_emb_base", 5000, "null"),
+    (EVERY, "rope_theta", -1.0, "a number above 0"),
+    (EVERY, "rope_theta", "10000", "a number above 0"),
+    (EVERY, "rope_theta", float("inf"), "a number above 0"),
+    ((MISTRAL, QWEN2, QWEN3), "attention_bias", True, "false or null"),
+    ((MISTRAL, QWEN2, QWEN3), "mlp_bias", True, "false or null"),
+    ((LLAMA,), "sliding_window", 4096, "null"),
+    ((QWEN2, QWEN3), "use_sliding_window", True, "false or null"),
+    ((QWEN2, QWEN3), "use_sliding_window", 1, "false or null"),
+    ((MISTRAL,), "layer_types", [FULL, FULL], "null"),
+    ((MISTRAL,), "layer_types", [SLIDING, SLIDING], "null"),
+    ((LLAMA, QWEN2, QWEN3), "layer_types", [FULL, SLIDING], "'full_attention' in"),
+    ((LLAMA, QWEN2, QWEN3), "layer_types", "full", "'full_attention' in every layer"),
+    (EVERY, "rope_scaling", "yarn", "an object, or null"),
+]
+ROPE: list[tuple[dict[str, Any], str, object, str]] = [
+    ({"rope_type": "dynamic", "factor": 2.0}, "rope_type", "dynamic", "default, lin"),
+    ({"type": "longrope"}, "rope_type", "longrope", "default, linear, llama3, yarn"),
+    ({"rope_type": ["yarn"]}, "rope_type", ["yarn"], "default, linear, llama3, yarn"),
+    ({**YARN, "type": "linear"}, "type", "linear", "'yarn', as rope_type has it"),
+    ({"mrope_section": [1, 2]}, "'mrope_section'", [1, 2], "rope_type, type, rope_th"),
+    ({FULL: {"rope_theta": 1.0}}, f"'{FULL}'", {"rope_theta": 1.0}, "rope_type"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", 0.5, "1.0 or null"),
+    ({"type": "linear"}, "factor", None, "a number above 0"),
+    ({"type": "linear", "factor": 2}, "factor", 2, "a fraction such as 2.0"),
+    ({**YARN, "factor": "4"}, "factor", "4", "a number above 0"),
+    ({**YARN, "beta_fast": 0}, "beta_fast", 0, "a number above 0"),
+    ({**YARN, "attention_factor": True}, "attention_factor", True, "a number above"),
+    ({**YARN, "truncate": 0}, "truncate", 0, "true or false"),
+    ({**YARN, "finetuned": True}, "'finetuned'", True, "rope_type, type, rope_theta"),
+    ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor", None, "a number above"),
+    ({"rope_theta": 0}, "rope_theta", 0, "a number above 0"),
+]
+
+
+def refusal(name: str, key: str, value: object) -> str:
+    config = {"architectures": [name], key: value}
+    with pytest.raises(UnsupportedError) as error:
+        architecture_of(config, "m/config.json")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("names", "key", "value", "supported"), REFUSED)
+def test_refused(
+    names: tuple[str, ...], key: str, value: object, supported: str
+) -> None:
+    for name in names:
+        expected = supported.format(model_type=ARCHITECTURES[name].model_type)
+        assert refusal(name, key, value).startswith(
+            f"m/config.json: {key} {value!r} is not supported with {name}; supported: "
+            f"{expected}"
+        )
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(("rope", "inner", "value", "supported"), ROPE)
+def test_refused_rope(
+    key: str, rope: dict[str, Any], inner: str, value: object, supported: str
+) -> None:
+    assert refusal(QWEN2, key, rope).startswith(
+        f"m/config.json: {key}.{inner} {value!r} is not supported with {QWEN2}; "
+        f"supported: {supported}"
+    )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_transformers_writes_by_itself_is_not_refused(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, name).config_class(architectures=[name])
+    assert architecture_of(config.to_dict(), "x") is ARCHITECTURES[name]
+    neutral = {"hidden_act": "silu", "logit_scale": 1, "is_causal": True, "bias": None}
+    config = {**config.to_dict(), **neutral}
+    assert architecture_of(config, "x") is ARCHITECTURES[name]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "default", "partial_rotary_factor": 1.0},
+        {"rope_type": "linear", "factor": 3.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        YARN,
+        {**YARN, "factor": 4, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4},
+        {**YARN, "attention_factor": 1.3},
+        {"rope_type": "yarn", "factor": 2.0},
+    ],
+)
+def test_rope_is_that_of_vllm(name: str, rope: dict[str, Any]) -> None:
+    """Every type that is not refused, over all positions the model has."""
+    pytest.importorskip("vllm")
+    import torch
+    import transformers
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from vllm_lowbit.calibrate.rotary import RotaryEmbedding
+
+    positions = 256
+    config = getattr(transformers, name).config_class(
+        architectures=[name],
+        hidden_size=128,
+        num_attention_heads=2,
+        head_dim=64,
+        max_position_embeddings=positions,
+        rope_parameters={"rope_theta": 50_000.0, **rope},
+    )
+    architecture_of(config.to_dict(), "x")
+    cos, sin = RotaryEmbedding(config)(torch.empty(0), torch.arange(positions)[None])
+    with set_current_vllm_config(VllmConfig()):
+        served = get_rope(
+            64,
+            max_position=positions,
+            rope_parameters=config.rope_parameters,
+            dtype=torch.float32,
+        )
+    ours = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
+    theirs = served.cos_sin_cache[:positions]
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module", params=[QWEN2, QWEN3, MISTRAL])
+def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) -> Path:
+    """A checkpoint of each architecture but Llama."""
+    return tiny_model(
+        tmp_path_factory.mktemp("plain"), architecture=request.param, hidden_size=256
+    )
+
+
+def check(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    shape = ModelShape.from_config(config, "config.json")
+    check_plain_checkpoint(str(directory), shape)
+
+
+def own(directory: Path) -> list[str]:
+    """Tensors of a layer that a Llama without biases does not have."""
+    architecture = ARCHITECTURES[
+        json.loads((directory / "config.json").read_text())["architectures"][0]
+    ]
+    names = [f"{linear}.bias" for linear in architecture.biases]
+    if architecture.qk_norm:
+        names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    return [f"model.layers.1.{name}" for name in names]
+
+
+def test_files_of_each_architecture(
+    plain: Path, tmp_path: Path, lowbit_checkpoint: Callable[..., Path]
+) -> None:
+    """Whole, and then as a lowbit checkpoint."""
+    check(plain)
+    out = lowbit_checkpoint(tmp_path, plain, "w3a16-g64")
+    problems = list(verify(out, *read_checkpoint(out)))
+    assert [problem.tensor for problem in problems] == [None]  # it has no recipe
+
+
+def _made(plain: Path) -> dict[str, Any]:
+    config = json.loads((plain / "config.json").read_text())
+    return {"architecture": config["architectures"][0], "hidden_size": 256}
+
+
+def test_tensors_of_an_architecture_are_needed(
+    plain: Path,
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    lowbit_checkpoint: Callable[..., Path],
+    rewrite: Callable[..., Path],
+) -> None:
+    for name in own(plain):
+        packed = lowbit_checkpoint(tmp_path / name, plain)
+        rewrite(packed, lambda t, n=name: t.pop(n))
+        with pytest.raises(CheckpointError, match=f"{name} is in none of the files"):
+            require_headers(packed, *read_checkpoint(packed))
+        source = tiny_model(tmp_path / f"plain {name}", **_made(plain))
+        rewrite(source, lambda t, n=name: t.update({n: t[n][:-1].clone()}))
+        with pytest.raises(CheckpointError, match=f"{name} has shape .*, the model ne"):
+            check(source)
+        rewrite(source, lambda t, n=name: t.pop(n))
+        with pytest.raises(CheckpointError, match=f"are missing, first {name}"):
+            check(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["q_norm.weight", "q_proj.bias", "o_proj.bias", "rotary.weight"]
+)
+def test_tensors_of_another_architecture_are_not_read(
+    plain: Path,
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    rewrite: Any,
+    name: str,
+) -> None:
+    import torch
+
+    name = f"model.layers.1.self_attn.{name}"
+    if name in own(plain):
+        return
+    source = tiny_model(tmp_path, **_made(plain))
+    rewrite(source, lambda tensors: tensors.update({name: torch.ones(64)}))
+    with pytest.raises(CheckpointError, match=f"{name} does not belong to the model"):
+        check(source)

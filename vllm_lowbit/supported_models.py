@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supported architectures, and what of their configs is not computed.
+
+All are one decoder: RMSNorm, RoPE over whole heads in the half-split layout, grouped
+query attention and a SiLU-gated MLP, with a norm before each of the two. The table says
+in what each differs. Neither vLLM nor transformers is needed to read it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import UnsupportedError
+from .schema import shorten
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION = (*_QKV, "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """In what an architecture differs from the decoder they share.
+
+    Attributes:
+        name: in ``architectures`` of config.json.
+        model_type: in config.json; the config class of transformers goes by it.
+        biases: linears that have a bias whatever the config says.
+        bias_keys: keys of the config and the linears that have one where it is true.
+        qk_norm: whether RMSNorms of ``head_dim`` weights, shared by all heads, come
+            between the projections of queries and keys and RoPE.
+        window: what ``sliding_window`` does: it is the window of every layer; nothing,
+            as ``use_sliding_window`` has to be false; or there is no such key.
+        whole_heads: whether the heads have to share hidden_size evenly.
+        defaults: what keys mean that are not in config.json, where a null means
+            something else.
+    """
+
+    name: str
+    model_type: str
+    biases: tuple[str, ...] = ()
+    bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    qk_norm: bool = False
+    window: Literal["every layer", "switched off", "none"] = "none"
+    whole_heads: bool = False
+    defaults: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+
+LLAMA = Architecture(
+    name="LlamaForCausalLM",
+    model_type="llama",
+    bias_keys={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+)
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        LLAMA,
+        Architecture(
+            name="MistralForCausalLM",
+            model_type="mistral",
+            window="every layer",
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        ),
+        Architecture(
+            name="Qwen2ForCausalLM",
+            model_type="qwen2",
+            biases=_QKV,
+            window="switched off",
+            # vLLM does not read its head_dim.
+            whole_heads=True,
+            defaults={"num_key_value_heads": 32},
+        ),
+        Architecture(
+            name="Qwen3ForCausalLM",
+            model_type="qwen3",
+            qk_norm=True,
+            window="switched off",
+            defaults={"num_key_value_heads": 32, "head_dim": 128},
+        ),
+    )
+}
+
+# Keys that vLLM's or transformers' models of these architectures compute something
+# else by, and the values (beside null) with which they do not.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "attention_chunk_size": (),
+    "dual_chunk_attention_config": (),
+    "logit_scale": (1.0,),
+    "bias": (False,),
+    "qkv_bias": (False,),
+    "qk_norm": (False,),
+    "llama_4_scaling": (),
+    "ada_rms_norm_t_cond": (False,),
+    "partial_rotary_factor": (1.0,),
+    "rotary_pct": (1.0,),
+    "rotary_emb_fraction": (1.0,),
+    "rotary_emb_base": (),
+}
+_BIAS_KEYS = ("attention_bias", "mlp_bias")
+_COMMON_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+# RoPE types that vLLM and transformers compute alike, with the keys they must and may
+# have. "dynamic" is not: beyond max_position_embeddings only transformers scales.
+_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+}
+
+
+def architecture_of(config: Mapping[str, Any], source: str) -> Architecture:
+    """The architecture of a config.json, once all it says is known to be computed.
+
+    Args:
+        config: config.json as a mapping, or transformers' config as one.
+        source: file named in errors.
+
+    Raises:
+        UnsupportedError: naming the key, its value and what is supported.
+    """
+    names = config.get("architectures")
+    if names not in [[name] for name in ARCHITECTURES]:
+        raise UnsupportedError(
+            f"{source}: architectures {names!r} is not supported; supported: "
+            + ", ".join(ARCHITECTURES)
+        )
+    architecture = ARCHITECTURES[names[0]]
+    for key, value, supported in _refused(config, architecture):
+        raise UnsupportedError(
+            f"{source}: {key} {shorten(value)} is not supported with "
+            f"{architecture.name}; supported: {supported}"
+        )
+    return architecture
+
+
+def _refused(
+    config: Mapping[str, Any], architecture: Architecture
+) -> Iterator[tuple[str, object, str]]:
+    """Keys that ask for something else, their values, and what is supported."""
+    model_type = config.get("model_type")
+    if model_type not in (None, architecture.model_type):
+        yield "model_type", model_type, repr(architecture.model_type)
+    neutral = _NEUTRAL | {
+        key: (False,) for key in _BIAS_KEYS if key not in architecture.bias_keys
+    }
+    if architecture.window == "switched off":
+        neutral["use_sliding_window"] = (False,)
+    if architecture.window == "none":
+        neutral["sliding_window"] = ()
+    for key, values in neutral.items():
+        value = config.get(key)
+        if value is not None and not any(_same(value, other) for other in values):
+            yield key, value, " or ".join([*map(_json, values), "null"])
+    types = config.get("layer_types")
+    if types is not None and architecture.window == "every layer":
+        # vLLM and transformers disagree on which layers have the window then.
+        yield "layer_types", types, "null"
+    elif types is not None and types != ["full_attention"] * len(_listed(types)):
+        yield "layer_types", types, "'full_attention' in every layer"
+    for key in ("rope_parameters", "rope_scaling"):
+        yield from _refused_rope(key, config.get(key))
+    yield from _not_positive("rope_theta", config.get("rope_theta"))
+
+
+def _refused_rope(key: str, rope: object) -> Iterator[tuple[str, object, str]]:
+    if rope is None:
+        return
+    if not isinstance(rope, Mapping):
+        yield key, rope, "an object, or null"
+        return
+    names = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
+    kind = names[0] if names else "default"
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        yield f"{key}.rope_type", kind, ", ".join(_ROPE_KEYS)
+        return
+    if names[1:] not in ([], [kind]):
+        yield f"{key}.type", names[1], f"{kind!r}, as rope_type has it"
+    required, optional = _ROPE_KEYS[kind]
+    known = (*_COMMON_ROPE_KEYS, *required, *optional)
+    for name, value in rope.items():
+        if name not in known:
+            yield f"{key}.{shorten(name)}", value, ", ".join(known)
+    factor = rope.get("partial_rotary_factor")
+    if factor is not None and not _same(factor, 1.0):
+        yield f"{key}.partial_rotary_factor", factor, "1.0 or null"
+    for name in required:
+        if rope.get(name) is None:
+            yield f"{key}.{name}", None, "a number above 0"
+    for name in ("rope_theta", *required, *optional):
+        value = rope.get(name)
+        if name != "truncate":
+            yield from _not_positive(f"{key}.{name}", value)
+        elif value is not None and type(value) is not bool:
+            yield f"{key}.{name}", value, "true or false"
+    if kind == "linear" and type(rope.get("factor")) is int:
+        yield (
+            f"{key}.factor",
+            rope["factor"],
+            "a fraction such as 2.0, which vLLM needs",
+        )
+
+
+def _not_positive(key: str, value: object) -> Iterator[tuple[str, object, str]]:
+    if value is None:
+        return
+    number = type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    if not number or value <= 0:  # type: ignore[operator]
+        yield key, value, "a number above 0"
+
+
+def _same(value: object, other: object) -> bool:
+    """Equal, and a boolean only to a boolean."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _json(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
