@@ -90,6 +90,12 @@ def export(
     config_file = str(checkpoint / "config.json")
     check_rotations(shape, config, config_file)
     refuse_what_differs(config, config_file)
+    if shape.architecture.fused:
+        raise UnsupportedError(
+            f"{config_file}: {shape.architecture.name} cannot be exported: other tools "
+            "expect its stacked linears, and this checkpoint holds each by itself; "
+            "supported: architectures without stacked linears"
+        )
     check_output(output)
     _refuse_damage(checkpoint, shape, config, progress)
     stored = read_manifest(checkpoint).tensors

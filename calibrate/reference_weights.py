@@ -183,6 +183,19 @@ class WeightReader:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     self._tensors[name] = file.get_tensor(name)
+        if stored is None:
+            self._split()
+
+    def _split(self) -> None:
+        """Give each linear that the files stack with others its own tensor."""
+        fused = {}
+        for name in self._shape.tensors():
+            file_name, rows = self._shape.in_plain(name)
+            if file_name != name:
+                fused[file_name] = self._tensors[file_name]
+                self._tensors[name] = fused[file_name][rows]
+        for name in fused:
+            del self._tensors[name]
 
     def norms(self) -> dict[str, torch.Tensor]:
         """Weights of the norms, float32 ``[hidden]``, by the tensor's name."""

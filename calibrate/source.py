@@ -82,9 +82,16 @@ class Source:
         )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, read now."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        """One tensor of the model, read now.
+
+        Args:
+            name: one of ``shape.tensors()``, which may be some rows of one in a file.
+        """
+        file_name, rows = self.shape.in_plain(name)
+        with safe_open(self.files[file_name], framework="pt") as file:
+            if file_name == name:
+                return file.get_tensor(name)
+            return file.get_slice(file_name)[rows]
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Tensors of a decoder layer, by name after ``model.layers.N.``."""

@@ -54,6 +54,7 @@ def _tiny_model(
         "head_dim": 64,
         "vocab_size": 4096 if tokenizer else 256,
         "max_position_embeddings": 256,
+        "pad_token_id": None,
         "tie_word_embeddings": False,
     }
     hf_config = model_class.config_class(
@@ -230,9 +231,14 @@ def _lowbit_checkpoint(
     hf_config = json.loads((Path(source) / "config.json").read_text())
     shape = ModelShape.from_config(hf_config, "config.json")
     plain = load_file(Path(source) / "model.safetensors")
+    dtypes = {name: tensor.dtype for name, tensor in plain.items()}
+    if shape.architecture.fused:
+        of = {name: shape.in_plain(name) for name in shape.tensors()}
+        dtypes = {name: plain[file_name].dtype for name, (file_name, _) in of.items()}
+        plain = {name: plain[file_name][rows] for name, (file_name, rows) in of.items()}
     floats = {name: tensor.float() for name, tensor in plain.items()}
     tensors = {
-        name: tensor.to(plain[name].dtype if name in plain else tensor.dtype)
+        name: tensor.to(dtypes.get(name, tensor.dtype))
         for name, tensor in _round_to_nearest(floats, shape, config)
     }
     directory.mkdir(parents=True, exist_ok=True)

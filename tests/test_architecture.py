@@ -26,6 +26,7 @@ QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
+PHI3 = {"architectures": ["Phi3ForCausalLM"]}
 
 
 def config(**keys: Any) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
 NOT_NULL = {  # transformers' config class refuses these
     ("MistralForCausalLM", "num_key_value_heads"),
     ("Qwen3ForCausalLM", "head_dim"),
+    ("Phi3ForCausalLM", "head_dim"),
 }
 LEFT_OUT = ("num_key_value_heads", "head_dim", "sliding_window")
 
@@ -136,7 +138,7 @@ def test_other_architectures(architectures: object) -> None:
     assert str(error.value) == (
         f"m/config.json: architectures {architectures!r} is not supported; "
         "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM"
+        "Qwen3ForCausalLM, Phi3ForCausalLM"
     )
 
 
@@ -261,6 +263,8 @@ def test_largest_sizes_take_bounded_time_and_memory() -> None:
         {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1},
         QWEN3,
         {**QWEN3, "head_dim": 32, "tie_word_embeddings": True},
+        {**PHI3, "pad_token_id": None},
+        {**PHI3, "pad_token_id": None, "num_key_value_heads": 1, "head_dim": 32},
     ],
 )
 def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
@@ -276,7 +280,7 @@ def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
         assert model.lm_head.weight is model.model.embed_tokens.weight
         del expected["lm_head.weight"]
     read = ModelShape.from_config(hf_config.to_dict(), "config.json")
-    assert read.tensors() == expected
+    assert read.plain_tensors() == expected
 
 
 # name: hidden, intermediate, heads, head_dim, largest tensor parallel size
@@ -290,6 +294,13 @@ MODELS = {
     "TinyLlama-1.1B": (2048, 5632, 32, 64, 8),
     "SmolLM-135M": (576, 1536, 9, 64, 1),
     "SmolLM-360M": (960, 2560, 15, 64, 1),
+    "Mistral-Nemo": (5120, 14336, 32, 128, 8),
+    "Qwen2.5-0.5B": (896, 4864, 14, 64, 1),
+    "Qwen2.5-7B": (3584, 18944, 28, 128, 1),
+    "Qwen3-0.6B": (1024, 3072, 16, 128, 8),
+    "Qwen3-32B": (5120, 25600, 64, 128, 8),
+    "Phi-3-mini": (3072, 8192, 32, 96, 8),
+    "Phi-4": (5120, 17920, 40, 128, 2),
     "ref-7m": (256, 768, 4, 64, 2),
 }
 

@@ -2,6 +2,7 @@
 """What a config may not say is refused by name; RoPE is what vLLM computes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vllm_lowbit.supported_models import ARCHITECTURES, architecture_of
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+PHI3 = "Phi3ForCausalLM"
 EVERY = tuple(ARCHITECTURES)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -40,16 +42,17 @@ REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
     (EVERY, "rope_theta", -1.0, "a number above 0"),
     (EVERY, "rope_theta", "10000", "a number above 0"),
     (EVERY, "rope_theta", float("inf"), "a number above 0"),
-    ((MISTRAL, QWEN2, QWEN3), "attention_bias", True, "false or null"),
-    ((MISTRAL, QWEN2, QWEN3), "mlp_bias", True, "false or null"),
+    ((MISTRAL, QWEN2, QWEN3, PHI3), "attention_bias", True, "false or null"),
+    ((MISTRAL, QWEN2, QWEN3, PHI3), "mlp_bias", True, "false or null"),
     ((LLAMA,), "sliding_window", 4096, "null"),
     ((QWEN2, QWEN3), "use_sliding_window", True, "false or null"),
     ((QWEN2, QWEN3), "use_sliding_window", 1, "false or null"),
-    ((MISTRAL,), "layer_types", [FULL, FULL], "null"),
+    ((MISTRAL, PHI3), "layer_types", [FULL, FULL], "null"),
     ((MISTRAL,), "layer_types", [SLIDING, SLIDING], "null"),
     ((LLAMA, QWEN2, QWEN3), "layer_types", [FULL, SLIDING], "'full_attention' in"),
     ((LLAMA, QWEN2, QWEN3), "layer_types", "full", "'full_attention' in every layer"),
     (EVERY, "rope_scaling", "yarn", "an object, or null"),
+    ((PHI3,), "partial_rotary_factor", 0.75, "1.0 or null"),
 ]
 ROPE: list[tuple[dict[str, Any], str, object, str]] = [
     ({"rope_type": "dynamic", "factor": 2.0}, "rope_type", "dynamic", "default, lin"),
@@ -101,6 +104,34 @@ def test_refused_rope(
     )
 
 
+def test_params_json_is_not_read(
+    tiny_model: Callable[..., Path], tmp_path: Path, engine_config: Callable[..., Any]
+) -> None:
+    """vLLM takes it, where Mistral's own files lie beside those of Hugging Face."""
+    model = tiny_model(
+        tmp_path, tokenizer=True, architecture=MISTRAL, sliding_window=None
+    )
+    sizes = {"dim": 128, "n_layers": 2, "head_dim": 64, "hidden_dim": 256}
+    sizes |= {"n_heads": 4, "n_kv_heads": 2, "vocab_size": 4096}
+    params = {**sizes, "norm_eps": 1e-5, "rope_theta": 5000.0}
+    (model / "params.json").write_text(json.dumps(params))
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    with pytest.raises(ValueError, match="model_type '' is not .* --config-format hf"):
+        engine_config(model, tokenizer_mode="hf")
+    (model / "consolidated.safetensors").unlink()
+    config = engine_config(model, tokenizer_mode="hf", config_format="hf")
+    assert config.model_config.hf_config.model_type == "mistral"
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn", "linear"])
+def test_phi3_has_no_other_rope(kind: str) -> None:
+    rope = {"type": kind, "factor": 4.0}
+    assert refusal(PHI3, "rope_scaling", rope).startswith(
+        f"m/config.json: rope_scaling.rope_type {kind!r} is not supported with {PHI3}; "
+        "supported: default"
+    )
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_transformers_writes_by_itself_is_not_refused(name: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -143,6 +174,8 @@ def test_rope_is_that_of_vllm(name: str, rope: dict[str, Any]) -> None:
     from vllm_lowbit.calibrate.rotary import RotaryEmbedding
 
     positions = 256
+    if rope["rope_type"] not in ARCHITECTURES[name].rope_types:
+        return
     config = getattr(transformers, name).config_class(
         architectures=[name],
         hidden_size=128,
@@ -165,7 +198,7 @@ def test_rope_is_that_of_vllm(name: str, rope: dict[str, Any]) -> None:
     assert (ours - theirs).abs().max() < 1e-4
 
 
-@pytest.fixture(scope="module", params=[QWEN2, QWEN3, MISTRAL])
+@pytest.fixture(scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3])
 def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) -> Path:
     """A checkpoint of each architecture but Llama."""
     return tiny_model(

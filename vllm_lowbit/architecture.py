@@ -118,18 +118,8 @@ class ModelShape:
         )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor a checkpoint of this model must hold."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        hidden, intermediate = self.hidden_size, self.intermediate_size
-        linears = {
-            "self_attn.q_proj": (q, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q),
-            "mlp.gate_proj": (intermediate, hidden),
-            "mlp.up_proj": (intermediate, hidden),
-            "mlp.down_proj": (hidden, intermediate),
-        }
+        """Name and shape of every tensor of the model, no two of them stacked."""
+        hidden = self.hidden_size
         names: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, hidden),
             "model.norm.weight": (hidden,),
@@ -140,7 +130,7 @@ class ModelShape:
             prefix = f"model.layers.{layer}."
             names[prefix + "input_layernorm.weight"] = (hidden,)
             names[prefix + "post_attention_layernorm.weight"] = (hidden,)
-            for name, (n, k) in linears.items():
+            for name, (n, k) in self._linears().items():
                 names[f"{prefix}{name}.weight"] = (n, k)
                 if name in self.biases:
                     names[f"{prefix}{name}.bias"] = (n,)
@@ -148,6 +138,50 @@ class ModelShape:
                 names[prefix + "self_attn.q_norm.weight"] = (self.head_dim,)
                 names[prefix + "self_attn.k_norm.weight"] = (self.head_dim,)
         return names
+
+    def plain_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor a plain checkpoint must hold."""
+        names: dict[str, tuple[int, ...]] = {}
+        for name, size in self.tensors().items():
+            file_name, rows = self.in_plain(name)
+            if file_name == name:
+                names[name] = size
+            else:
+                names[file_name] = (rows.stop, *size[1:])
+        return names
+
+    def in_plain(self, name: str) -> tuple[str, slice]:
+        """Tensor of a plain checkpoint that holds one of the model, and its rows.
+
+        Args:
+            name: one of :meth:`tensors`.
+        """
+        module, _, kind = name.rpartition(".")
+        for fused, parts in self.architecture.fused.items():
+            for index, part in enumerate(parts):
+                if not module.endswith(f".{part}"):
+                    continue
+                start = sum(self._rows(other) for other in parts[:index])
+                rows = slice(start, start + self._rows(part))
+                return f"{module.removesuffix(part)}{fused}.{kind}", rows
+        return name, slice(None)
+
+    def _rows(self, linear: str) -> int:
+        return self._linears()[linear][0]
+
+    def _linears(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the linears of a layer."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        return {
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "mlp.down_proj": (hidden, intermediate),
+        }
 
 
 def check_scheme(shape: ModelShape, scheme: Scheme, source: str) -> None:

@@ -49,7 +49,7 @@ def check_plain_checkpoint(model: str, shape: ModelShape) -> None:
             embedding, and rotary buffers of old checkpoints, may be there.
     """
     expected = {
-        name: TensorSpec(FLOATS, size) for name, size in shape.tensors().items()
+        name: TensorSpec(FLOATS, size) for name, size in shape.plain_tensors().items()
     }
     check_tensors(Path(model), expected, partial(may_be_there, shape))
 

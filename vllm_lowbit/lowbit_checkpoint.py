@@ -4,7 +4,8 @@
 Beside the files of any Hugging Face checkpoint (config.json, tokenizer, safetensors
 shards) a lowbit one has ``lowbit_manifest.json``, which says what every tensor and
 every key of config.json was, and ``recipe.yaml``. Tensors keep the names of the model
-they were made from, except that a quantized matrix ``X.weight`` is
+they were made from, except that stacked linears (``qkv_proj``, ``gate_up_proj``) are
+split into ``q_proj``, ``k_proj`` and so on, and that a quantized matrix ``X.weight`` is
 
 * ``X.weight_packed``: int32, codes as in ``kernels/packing.py``;
 * ``X.weight_scale``: float32 ``[n, groups]``;

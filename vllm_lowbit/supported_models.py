@@ -32,6 +32,9 @@ class Architecture:
             between the projections of queries and keys and RoPE.
         window: what ``sliding_window`` does: it is the window of every layer; nothing,
             as ``use_sliding_window`` has to be false; or there is no such key.
+        fused: tensors of a plain checkpoint that stack those of several linears, by
+            name after ``model.layers.N.``; lowbit checkpoints hold each by itself.
+        rope_types: kinds of RoPE it may have.
         whole_heads: whether the heads have to share hidden_size evenly.
         defaults: what keys mean that are not in config.json, where a null means
             something else.
@@ -43,6 +46,8 @@ class Architecture:
     bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     qk_norm: bool = False
     window: Literal["every layer", "switched off", "none"] = "none"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     whole_heads: bool = False
     defaults: Mapping[str, int] = field(default_factory=dict, hash=False)
 
@@ -77,6 +82,18 @@ ARCHITECTURES = {
             qk_norm=True,
             window="switched off",
             defaults={"num_key_value_heads": 32, "head_dim": 128},
+        ),
+        Architecture(
+            name="Phi3ForCausalLM",
+            model_type="phi3",
+            window="every layer",
+            fused={
+                "self_attn.qkv_proj": _QKV,
+                "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+            },
+            # Its "longrope" is chosen by the length of the context in transformers, and
+            # by the longest a server allows in vLLM.
+            rope_types=("default",),
         ),
     )
 }
@@ -157,7 +174,11 @@ def _refused(
     """Keys that ask for something else, their values, and what is supported."""
     model_type = config.get("model_type")
     if model_type not in (None, architecture.model_type):
-        yield "model_type", model_type, repr(architecture.model_type)
+        supported = repr(architecture.model_type)
+        if model_type == "":
+            # What vLLM makes of Mistral's own params.json, which it prefers.
+            supported += "; where params.json was read, add --config-format hf"
+        yield "model_type", model_type, supported
     neutral = _NEUTRAL | {
         key: (False,) for key in _BIAS_KEYS if key not in architecture.bias_keys
     }
@@ -176,11 +197,13 @@ def _refused(
     elif types is not None and types != ["full_attention"] * len(_listed(types)):
         yield "layer_types", types, "'full_attention' in every layer"
     for key in ("rope_parameters", "rope_scaling"):
-        yield from _refused_rope(key, config.get(key))
+        yield from _refused_rope(key, config.get(key), architecture.rope_types)
     yield from _not_positive("rope_theta", config.get("rope_theta"))
 
 
-def _refused_rope(key: str, rope: object) -> Iterator[tuple[str, object, str]]:
+def _refused_rope(
+    key: str, rope: object, types: tuple[str, ...]
+) -> Iterator[tuple[str, object, str]]:
     if rope is None:
         return
     if not isinstance(rope, Mapping):
@@ -188,8 +211,8 @@ def _refused_rope(key: str, rope: object) -> Iterator[tuple[str, object, str]]:
         return
     names = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
     kind = names[0] if names else "default"
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        yield f"{key}.rope_type", kind, ", ".join(_ROPE_KEYS)
+    if not isinstance(kind, str) or kind not in types:
+        yield f"{key}.rope_type", kind, ", ".join(types)
         return
     if names[1:] not in ([], [kind]):
         yield f"{key}.type", names[1], f"{kind!r}, as rope_type has it"

@@ -89,10 +89,20 @@ def expected_weight(
     return decode(codes, rounded, zero_point).flatten(-2).to(dtype)
 
 
+def test_stacked_linears(make: Make, tmp_path: Path) -> None:
+    source = make("w4a16", {"architecture": "Phi3ForCausalLM"})
+    with pytest.raises(UnsupportedError) as error:
+        export(source, tmp_path / "out")
+    assert str(error.value).startswith(
+        f"{source}/config.json: Phi3ForCausalLM cannot be exported: other tools expect "
+    )
+
+
 @pytest.mark.parametrize(
     ("scheme", "dtype", "model"),
     [
         ("w4a16", "bfloat16", {"attention_bias": True}),
+        ("w4a16", "bfloat16", {"architecture": "Qwen3ForCausalLM"}),
         ("w4a16-g32", "bfloat16", {"tie_word_embeddings": True}),
         ("w4a16-g128", "float16", {}),
         ("w4a16-g64", "float32", {}),

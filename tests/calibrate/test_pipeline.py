@@ -103,6 +103,7 @@ def test_trained_model(tmp_path: Path, name: str, options: dict[str, Any]) -> No
             "tie_word_embeddings": True,
         },
         {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
+        {"architecture": "Phi3ForCausalLM", "shards": 2},
     ],
 )
 def test_random_models(

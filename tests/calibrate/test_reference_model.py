@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"architecture": "Qwen2ForCausalLM", **HEADS},
     "qwen3": {"architecture": "Qwen3ForCausalLM", **HEADS},
+    "phi3": {"architecture": "Phi3ForCausalLM", **HEADS, "sliding_window": None},
 }
 FINE = {
     "weights": {"bits": 8, "symmetric": True, "group_size": 32},

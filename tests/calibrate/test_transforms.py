@@ -70,6 +70,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    "phi3": {"architecture": "Phi3ForCausalLM", "sliding_window": 9},
     "qwen3": {"architecture": "Qwen3ForCausalLM"},
     "qwen3, tied, narrow heads": {
         "architecture": "Qwen3ForCausalLM",
@@ -162,8 +163,10 @@ def _check(config: PreTrainedConfig, state: dict[str, torch.Tensor], seed: int) 
     with torch.no_grad():
         expected = model(ids.unsqueeze(0)).logits[0]
 
-    ours, random = _Model(config, state), _random(generator)
-    shape = ours.shape
+    shape = ModelShape.from_config(config.to_dict(), "x")
+    of = {name: shape.in_plain(name) for name in shape.tensors()}
+    parts = {name: state[file_name][rows] for name, (file_name, rows) in of.items()}
+    ours, random = _Model(config, parts), _random(generator)
     dense = _orthogonal(random, 1, shape.hidden_size)
     order = largest_order(shape.hidden_size)
     signed = SignedHadamard(order, random_signs(seed, shape.hidden_size))

@@ -22,6 +22,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"architecture": "MistralForCausalLM", "sliding_window": 20},
     "qwen2": {"architecture": "Qwen2ForCausalLM", "hidden_size": 256},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
+    "phi3": {"architecture": "Phi3ForCausalLM", "bos_token_id": 1, "eos_token_id": 2},
 }
 LEARNED = {
     "transforms": {"value": "learned", "scales": "learned"},

@@ -39,6 +39,16 @@ def test_sound(originals: dict[str, Path]) -> None:
             check(directory)
 
 
+def test_stacked_linears(copy: Any) -> None:
+    directory = copy("gptq")
+    path = directory / "config.json"
+    keys = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    message = "config.json: gptq checkpoints of Phi3ForCausalLM are not supported: thei"
+    with pytest.raises(UnsupportedError, match=message):
+        check(directory)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..architecture import ModelShape
 from ..checkpoint import FLOATS, TensorSpec, check_tensors, may_be_there
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..lowbit_checkpoint import quantization_of, read_model_config
 from ..schema import LowbitConfig
 from . import awq, compressed_tensors, gptq
@@ -92,7 +92,14 @@ def check_foreign_checkpoint(
     Raises:
         CheckpointError: as :func:`~vllm_lowbit.checkpoint.check_tensors`. A head that
             repeats a tied embedding, and rotary buffers, may be there.
-        UnsupportedError: where a linear cuts through a packed word.
+        UnsupportedError: where a linear cuts through a packed word, or the model has
+            stacked ones.
     """
+    if shape.architecture.fused:
+        raise UnsupportedError(
+            f"{model}/config.json: {foreign.name} checkpoints of "
+            f"{shape.architecture.name} are not supported: their linears are stacked "
+            "in the files; supported: plain and lowbit ones"
+        )
     expected = expected_tensors(shape, foreign)
     check_tensors(Path(model), expected, partial(may_be_there, shape))

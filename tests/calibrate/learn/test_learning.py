@@ -126,6 +126,7 @@ def _check_exact(
         ({"architecture": "MistralForCausalLM", "sliding_window": 9}, ALL),
         ({"architecture": "Qwen2ForCausalLM", "hidden_size": 256}, ALL),
         ({"architecture": "Qwen3ForCausalLM"}, ALL),
+        ({"architecture": "Phi3ForCausalLM"}, ALL),
     ],
 )
 def test_exact_in_float64(
