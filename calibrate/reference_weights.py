@@ -277,7 +277,10 @@ class WeightReader:
         around = [rotations_of(self._config.rotations, part) for part in FUSED[name]]
         weights = self._config.scheme.weights
         quantized = quantize_linear(torch.cat(stack), sizes, around, weights)
-        return quantized, None if bias is None else fold_bias(bias, sizes, around)
+        if bias is not None:
+            # The server has it in its dtype, before and after.
+            bias = fold_bias(bias.to(self._dtype), sizes, around).float()
+        return quantized, bias
 
     def _read(self, block: str, name: str) -> QuantizedWeight:
         assert self._config is not None
