@@ -167,9 +167,12 @@ OTHER_MODEL: list[tuple[str, Any]] = [
     ("attention_bias", DROP),
     ("unheard_of", {"a": [1]}),
 ]
-ARCHITECTURES: list[tuple[str, Any]] = [
-    ("architectures", ["MistralForCausalLM"]),
-    ("architectures", ["LlamaForCausalLM", "LlamaForCausalLM"]),
+# Key, value, and the key that is named.
+ARCHITECTURES: list[tuple[str, Any, str]] = [
+    ("architectures", ["MistralForCausalLM"], "model_type"),
+    ("architectures", ["GPT2LMHeadModel"], "architectures"),
+    ("architectures", ["LlamaForCausalLM", "LlamaForCausalLM"], "architectures"),
+    ("model_type", "mistral", "model_type"),
 ]
 
 
@@ -188,10 +191,10 @@ def config_mutations() -> Iterator[Mutation]:
     for keys, value in OTHER_MODEL:
         edit, named = put(CONFIG, keys, value), keys.replace("/", ".")
         yield Mutation("other model config", "rotated", edit, named, _shown(value))
-    for key, value in ARCHITECTURES:
+    for key, value, named in ARCHITECTURES:
         for agree in BOTH:
             edit, detail = put(CONFIG, key, value), _shown(value)
-            yield Mutation("other architecture", "rotated", edit, key, detail, agree)
+            yield Mutation("other architecture", "rotated", edit, named, detail, agree)
 
 
 def _of_the_quantization() -> Iterator[Mutation]:
