@@ -66,7 +66,8 @@ _register(
 )
 _register(
     "hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
-    " int bits, bool symmetric, float clip_ratio=1.0) -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    " int bits, bool symmetric, float clip_ratio=1.0)"
+    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
     implementation("hadamard_quantize"),
     lambda x, *arguments: _codes_out(x, x.shape[1]),
     IMPLEMENTATIONS["hadamard_quantize", "triton"],
@@ -81,7 +82,8 @@ _register(
 )
 _register(
     "swiglu_hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
-    " int bits, bool symmetric, float clip_ratio=1.0) -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    " int bits, bool symmetric, float clip_ratio=1.0)"
+    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
     quantize_reference.swiglu_hadamard_quantize,
     lambda x, *arguments: _codes_out(x, x.shape[1] // 2),
     on_call(f"{QUANTIZE}.swiglu_hadamard_quantize"),

@@ -55,7 +55,8 @@ def hadamard_quantize(
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    call = _Call(order, stride, False, IntGrid(bits, symmetric, clip_ratio=clip_ratio))
+    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio)
+    call = _Call(order, stride, False, grid)
     return _quantized(call.run(x, input_scale))
 
 

@@ -24,6 +24,7 @@ from vllm_lowbit.calibrate.card import (
     write_card,
 )
 from vllm_lowbit.calibrate.recipe import load_recipe
+from vllm_lowbit.calibrate.recipe_sections import Refine
 from vllm_lowbit.schema import LowbitConfig, Rotation, Rotations, scheme_from_name
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -211,13 +212,25 @@ def test_equalization_and_other_matrices() -> None:
                 ),
             ],
         ),
-        ("lowbit-best", ["Then codes, scales and norm weights were trained to follow"]),
     ],
 )
 def test_methods(name: str, lines: list[str]) -> None:
     text = render_card(replace(CARD, recipe=load_recipe(name)))
     for line in lines:
         assert line in text
+
+
+def test_refined() -> None:
+    recipe = load_recipe("lowbit").model_copy(update={"refine": Refine(scope="model")})
+    text = render_card(replace(CARD, recipe=recipe))
+    assert "Then codes, scales and norm weights were trained to follow" in text
+
+
+def test_clipped_inputs_are_named() -> None:
+    scheme = scheme_from_name("w4a4", clip_ratio=0.9)
+    config = CARD.config.model_copy(update={"scheme": scheme})
+    text = render_card(replace(CARD, config=config))
+    assert "one scale per token, clipped to 0.9 of its range" in text
 
 
 def test_scales_are_not_learned_for_weights_alone() -> None:

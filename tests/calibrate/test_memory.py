@@ -168,7 +168,7 @@ def _capped(
         ("rtn", {}, True),
         ("gptaq", {}, True),
         ("ostquant", {"learn": {"steps": 2, "tokens_per_step": 1024}}, False),
-        ("lowbit-best", {"refine": {"steps": 2}}, False),
+        ("lowbit", {"refine": {"scope": "model", "steps": 2}}, False),
     ],
 )
 def test_a_run_takes_less_than_its_estimate(
@@ -180,7 +180,7 @@ def test_a_run_takes_less_than_its_estimate(
 ) -> None:
     data = yaml.safe_load(load_recipe(name).text())
     for key, values in section.items():
-        data[key] |= values
+        data.setdefault(key, {}).update(values)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(data))
     model = tiny_model(

@@ -63,7 +63,10 @@ DOCUMENTS = st.fixed_dictionaries(
         ),
         "weights": GPTQ | GPTAQ | st.just({"method": "rtn"}),
         "refine": REFINE,
-        "activations": st.fixed_dictionaries({"symmetric": st.booleans()}),
+        "activations": st.fixed_dictionaries(
+            {"symmetric": st.booleans()},
+            optional={"clip_ratio": st.sampled_from([0.5, 0.9, 1.0])},
+        ),
         "vocab_bits": st.sampled_from([8, 16]),
         "data": st.fixed_dictionaries(
             {},
@@ -89,7 +92,6 @@ METHODS = {
     "gptaq": "gptaq",
     "gptq": "gptq",
     "lowbit": "gptq",
-    "lowbit-best": "gptaq",
     "omniquant": "omniquant",
     "quarot": "rtn",
     "quarot-gptq": "gptq",
@@ -107,9 +109,8 @@ def test_built_in(name: str) -> None:
     assert recipe.weights.method == METHODS[name]
     kind = "none" if name in PLAIN else "hadamard"
     transforms = recipe.transforms
-    assert transforms.equalize == recipe.weights.act_order == name.startswith("lowbit")
+    assert transforms.equalize == recipe.weights.act_order == (name == "lowbit")
     assert transforms.smooth == (0.5 if name == "smoothquant" else None)
-    assert (recipe.refine.scope == "model") == (name == "lowbit-best")
     for where in ("residual", "value", "key", "down_input"):
         assert getattr(transforms, where) == kind
     assert load_recipe(str(RECIPES / f"{name}.yaml")) == recipe
@@ -212,6 +213,12 @@ class TestLearn:
         assert recipe.transforms.scales_are_learned == (name == "ostquant")
         assert recipe.weights == load_recipe("quarot-gptq").weights
         assert recipe.data == load_recipe("quarot-gptq").data
+
+    def test_the_best_is_ostquant_and_more(self) -> None:
+        best, published = load_recipe("lowbit-best"), load_recipe("ostquant")
+        assert (best.transforms, best.learn) == (published.transforms, published.learn)
+        assert best.weights.method == "gptaq" and best.weights.act_order
+        assert best.activations.clip_ratio < 1
 
     def test_keys_without_effect_are_not_in_the_text(self) -> None:
         assert "learn" not in load_recipe("lowbit").text()
