@@ -13,9 +13,10 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from vllm_lowbit.calibrate.calibration import Progress
 from vllm_lowbit.calibrate.learn import run
 from vllm_lowbit.calibrate.perplexity import perplexity
-from vllm_lowbit.calibrate.pipeline import Progress, calibrate, held_out_windows
+from vllm_lowbit.calibrate.pipeline import calibrate, held_out_windows
 from vllm_lowbit.calibrate.publish import Report
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
 from vllm_lowbit.calibrate.reference_model import ReferenceModel
