@@ -5,6 +5,7 @@ Counts bytes and floating-point operations from the sizes of the model and the r
 the speed of the machine is measured on a few small products.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -52,8 +53,9 @@ class Speed:
     rounded: float
 
     @classmethod
+    @functools.cache
     def measure(cls, device: str) -> "Speed":
-        """On small inputs, in well under a second."""
+        """On small inputs, in well under a second, once per process."""
         weight = torch.ones(64, 4096, device=device)
         grid = IntGrid(4)
         seconds = _seconds(lambda: quantize_weight(weight, grid, None), device)
