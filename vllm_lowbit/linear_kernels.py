@@ -105,15 +105,7 @@ class GenericLinear:
                 x, weight, scale, bias, weight_max, out_dtype
             )
         grid = spec.activations
-        codes, x_scale, zero_point = torch.ops.lowbit.hadamard_quantize(
-            x,
-            input_scale,
-            spec.order,
-            spec.stride,
-            grid.bits,
-            grid.symmetric,
-            grid.clip_ratio,
-        )
+        codes, x_scale, zero_point = _quantized(spec, grid, x, input_scale)
         return torch.ops.lowbit.linear_w4a4(
             codes,
             x_scale,
@@ -222,15 +214,7 @@ class TritonLinear:
                 spec.weights.bits,
                 out_dtype,
             )
-        codes, scale, zero_point = torch.ops.lowbit.hadamard_quantize(
-            x,
-            input_scale,
-            spec.order,
-            spec.stride,
-            grid.bits,
-            grid.symmetric,
-            grid.clip_ratio,
-        )
+        codes, scale, zero_point = _quantized(spec, grid, x, input_scale)
         return torch.ops.lowbit.gpu_linear_w4a4(
             codes,
             scale,
@@ -255,6 +239,21 @@ KERNELS: dict[str, type[GenericLinear] | type[CpuLinear] | type[TritonLinear]] =
     "cpu": CpuLinear,
     "triton": TritonLinear,
 }
+
+
+def _quantized(
+    spec: LinearSpec, grid: IntGrid, x: torch.Tensor, input_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scale and zero point of x, transformed."""
+    return torch.ops.lowbit.hadamard_quantize(
+        x,
+        input_scale,
+        spec.order,
+        spec.stride,
+        grid.bits,
+        grid.symmetric,
+        grid.clip_ratio,
+    )
 
 
 def _set(layer: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
