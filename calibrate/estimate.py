@@ -105,10 +105,10 @@ class Estimate:
         for unit, seconds in (("min", 60), ("h", 3600)):
             if self.seconds >= 2 * seconds:
                 took = f"{self.seconds / seconds:.0f} {unit}"
-        files = f", {_gib(self.scratch)} of scratch files" if self.scratch else ""
+        files = f", {_size(self.scratch)} of scratch files" if self.scratch else ""
         return (
-            f"estimate: {_gib(self.memory)} of memory{files}, "
-            f"{_gib(self.output)} of checkpoint, about {took}"
+            f"estimate: {_size(self.memory)} of memory{files}, "
+            f"{_size(self.output)} of checkpoint, about {took}"
         )
 
     def check(self, on_disk: "Estimate | None") -> None:
@@ -126,12 +126,12 @@ class Estimate:
         help_ = "use fewer or shorter samples, or a recipe that trains less at a time"
         if on_disk is not None and on_disk.memory <= there:
             help_ = (
-                f"--scratch DIR takes {_gib(on_disk.memory)}, and "
-                f"{_gib(on_disk.scratch)} of disk in DIR"
+                f"--scratch DIR takes {_size(on_disk.memory)}, and "
+                f"{_size(on_disk.scratch)} of disk in DIR"
             )
         raise ConfigError(
-            f"calibrating takes about {_gib(self.memory)} of memory, {_gib(there)} are "
-            f"available; {help_}"
+            f"calibrating takes about {_size(self.memory)} of memory, {_size(there)} "
+            f"are available; {help_}"
         )
 
 
@@ -146,8 +146,9 @@ def available_memory() -> int:
     return there if limit == "max" else min(there, int(limit) - used)
 
 
-def _gib(size: float) -> str:
-    return f"{size / (1 << 30):.1f} GiB"
+def _size(size: float) -> str:
+    gib = size / (1 << 30)
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{size / (1 << 20):.0f} MiB"
 
 
 class Estimator:

@@ -2,6 +2,7 @@
 """Where a calibration keeps what is large, and what it says it will take."""
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 import yaml
 
+from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.calibrate import estimate
-from vllm_lowbit.calibrate.estimate import Estimate
+from vllm_lowbit.calibrate.estimate import Estimate, Estimator, Speed
 from vllm_lowbit.calibrate.pipeline import calibrate
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
 from vllm_lowbit.calibrate.scratch import Scratch
@@ -134,6 +136,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         _calibrated(model, output, _recipe("gptq"), scratch=tmp_path)
     monkeypatch.setattr(estimate, "available_memory", lambda: in_memory)
     _calibrated(model, output, _recipe("gptq"))
+
+
+def test_70b_in_24_gib() -> None:
+    shape = ModelShape(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    )
+    estimator = Estimator(shape, load_recipe("lowbit"), 160, output=36 << 30)
+    speed = Speed(single=1e11, double=1e10, rounded=1e7)
+    on_disk = estimator.estimate(speed, on_disk=True).memory / (1 << 30)
+    in_memory = estimator.estimate(speed, on_disk=False).memory / (1 << 30)
+    assert on_disk < 24 < in_memory
+    # As README says.
+    assert (math.ceil(on_disk), round(in_memory)) == (18, 57)
 
 
 def test_available_memory_heeds_the_control_group(
