@@ -27,8 +27,8 @@ def calibrate(
         str,
         typer.Option(
             metavar="NAME|FILE",
-            help="rtn, gptq, quarot, quarot-gptq, spinquant, ostquant, lowbit, "
-            "or a YAML file.",
+            help="rtn, smoothquant, gptq, gptaq, quarot, quarot-gptq, omniquant, "
+            "spinquant, ostquant, lowbit, lowbit-best, or a YAML file.",
         ),
     ],
     scheme: Annotated[
