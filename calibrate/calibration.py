@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
+from ..architecture import ROUTER
 from ..checkpoint import TensorSpec
 from ..errors import CalibrationError
 from ..load_time import check_finite
@@ -28,6 +29,7 @@ from .learn.snapshot import Snapshot
 from .omniquant import OmniQuant, OmniQuantOptions
 from .plan import Transforms, online
 from .publish import Losses
+from .quantize import Add
 from .recipe import Recipe
 from .record import CalibrationRecord
 from .refine import LearnedLayer, RefinedModel, refine_layer, refine_model
@@ -35,7 +37,7 @@ from .rotary import model_config
 from .scratch import Scratch
 from .smooth import smooth_scales
 from .source import Source
-from .stages import RESIDUAL_STAGES, STAGES, DecoderStages
+from .stages import RESIDUAL_STAGES, DecoderStages
 from .transforms import LayerTransforms, fold_layer
 from .vocabulary import Vocabulary, plain_vocabulary, served_vocabulary
 from .writer import DTYPES, CheckpointWriter, largest_bytes
@@ -43,7 +45,6 @@ from .writer import DTYPES, CheckpointWriter, largest_bytes
 Weights = dict[str, torch.Tensor]
 Progress = Callable[[int, int, str], None]
 Announce = Callable[[Estimate], None]
-LINEARS_PER_LAYER = sum(len(names) for names in STAGES.values())
 
 
 def _module(index: int) -> str:
@@ -94,7 +95,8 @@ class Calibration:
         )
         self.progress = progress
         self.chunk = max(1, CHUNK_TOKENS // windows.shape[1])
-        self.total = self.shape.num_layers * LINEARS_PER_LAYER
+        self.per_layer = sum(map(len, self.plain.stages.values()))
+        self.total = self.shape.num_layers * self.per_layer
         if recipe.refine.scope == "model":
             self.total += recipe.refine.steps
         self.record = CalibrationRecord()
@@ -108,6 +110,11 @@ class Calibration:
         self.omniquant = OmniQuant(
             self.models, scheme, options, samples, self.chunk, self.record
         )
+
+    @property
+    def untouched_experts(self) -> int:
+        """How many experts no calibration token went through."""
+        return sum(not tokens for tokens in self.quantizer.tokens.values())
 
     def learn(self, snapshot: Snapshot) -> None:
         """Learn what the recipe says is learned.
@@ -187,7 +194,7 @@ class Calibration:
             if self.recipe.refine.scope == "model":
                 layers.append((layer, folded))
             else:
-                layer.write(writer.add, _prefix(index))
+                layer.write(self._adding(writer), _prefix(index))
         if layers:
             x = self._refine(layers, plain, served, writer)
         self.progress(self.total, self.total, "measuring")
@@ -196,6 +203,10 @@ class Calibration:
             self._losses(slice(None, split), plain, y, served, x),
             self._losses(slice(split, None), plain, y, served, x),
         )
+
+    def _adding(self, writer: CheckpointWriter) -> Add:
+        """Takes tensors by their names here."""
+        return lambda name, tensor: writer.add(self.shape.stored(name), tensor)
 
     def _embedded(self, embedding: torch.Tensor) -> torch.Tensor:
         """Hidden states of every window before the first layer."""
@@ -232,11 +243,10 @@ class Calibration:
         transforms = self.transforms.layer(index)
         if self.recipe.transforms.equalize and not self.recipe.learns:
             out = weights["self_attn.o_proj.weight"]
-            down = weights["mlp.down_proj.weight"]
             transforms = replace(
                 transforms,
                 value_scale=value_scale(power.sums["o_input"], out, self.shape),
-                up_scale=up_scale(power.sums["down_input"], down),
+                up_scale=self._up_scale(power, weights),
             )
         if self.alpha is not None:
             transforms = smooth_scales(
@@ -250,6 +260,20 @@ class Calibration:
             )
         return y, transforms
 
+    def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor:
+        """Between up and down, of every expert where there are some."""
+        if not self.shape.num_experts:
+            return up_scale(power.sums["down_input"], weights["mlp.down_proj.weight"])
+        return torch.stack(
+            [
+                up_scale(
+                    power.sums[f"{expert}.down_input"],
+                    weights[f"{expert}.down_proj.weight"],
+                )
+                for expert in self.shape.mlps()
+            ]
+        )
+
     def _served_layer(
         self,
         index: int,
@@ -258,14 +282,14 @@ class Calibration:
         streams: Streams,
     ) -> tuple[QuantizedLayer, Weights]:
         """A layer quantized, and its float32 tensors with the transforms folded in."""
-        prefix, done = _prefix(index), itertools.count(index * LINEARS_PER_LAYER)
+        prefix, done = _prefix(index), itertools.count(index * self.per_layer)
         on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
         def starting(name: str) -> None:
             self.progress(next(done), self.total, name)
 
         def training(what: str) -> None:
-            self.progress(index * LINEARS_PER_LAYER, self.total, what)
+            self.progress(index * self.per_layer, self.total, what)
 
         residual = self.transforms.residual
         if self.recipe.weights.method == "omniquant":
@@ -276,7 +300,7 @@ class Calibration:
         floats = {
             name: tensor.to(tensors[name].dtype)
             for name, tensor in exact.items()
-            if tensor.dim() == 1
+            if tensor.dim() == 1 or name == f"{ROUTER}.weight"
         }
         folded = {
             name: self.scratch.keep(exact.pop(name).float()) for name in list(exact)
@@ -323,7 +347,7 @@ class Calibration:
         writer: CheckpointWriter,
     ) -> torch.Tensor:
         """Train the whole model and write it; the quantized stream at its end."""
-        started = self.shape.num_layers * LINEARS_PER_LAYER
+        started = self.shape.num_layers * self.per_layer
 
         def training(step: int, loss: float) -> None:
             self.progress(started + step, self.total, f"refining, loss {loss:.4g}")
@@ -344,7 +368,7 @@ class Calibration:
         y = self._served_basis(plain.embedding[self.windows[: self.chunk]])
         y = y.to(self.device)
         for index, (layer, (_, folded)) in enumerate(zip(refined, layers, strict=True)):
-            layer.write(writer.add, _prefix(index))
+            layer.write(self._adding(writer), _prefix(index))
             x = self._advance(index, layer, folded, Streams(x, y))
             y = through(self.models.plain, folded, y)
         return x

@@ -21,7 +21,7 @@ from ..kernels.grid import IntGrid
 from ..kernels.quantize_weight.reference import quantize_weight
 from .recipe import Recipe
 from .recipe_sections import GPTQ_METHODS
-from .stages import STAGES
+from .stages import stages_of
 from .vocabulary import ROWS
 
 CHUNK_TOKENS = 4096
@@ -181,7 +181,7 @@ class Estimator:
         }
         self.layer = sum(map(math.prod, tensors.values()))
         self.largest = max(map(math.prod, tensors.values()))
-        self.columns = [tensors[f"{n[0]}.weight"][1] for n in STAGES.values()]
+        self.columns = [tensors[f"{n[0]}.weight"][1] for n in stages_of(shape).values()]
         self.matrices = list(tensors.values())
         self.vocabulary = shape.vocab_size * shape.hidden_size
         self.model = self.layer * shape.num_layers

@@ -96,6 +96,11 @@ def export(
             "expect its stacked linears, and this checkpoint holds each by itself; "
             "supported: architectures without stacked linears"
         )
+    if shape.num_experts:
+        raise UnsupportedError(
+            f"{config_file}: {shape.architecture.name} cannot be exported: its experts "
+            "were never tested in vLLM without this plugin"
+        )
     check_output(output)
     _refuse_damage(checkpoint, shape, config, progress)
     stored = read_manifest(checkpoint).tensors

@@ -41,9 +41,11 @@ class Hessian:
         sum: ``X^T X`` of the inputs X that it reads, ``[columns, columns]``.
         drift: ``(X' - X)^T X`` where X' are those of the float model; None while
             none were given.
+        rows: how many inputs were added.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
+        self.rows = 0
         self.sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
         self.drift: torch.Tensor | None = None
 
@@ -55,6 +57,7 @@ class Hessian:
             plain: those of the float model, of the same shape.
         """
         rows = x.flatten(0, -2)
+        self.rows += len(rows)
         # float32 over a few thousand rows, float64 across.
         for part in rows.split(4096):
             self.sum += part.t() @ part

@@ -12,7 +12,7 @@ from .gptq import Compensation, GPTQOptions, Hessian, gptq
 from .quantize import Add, QuantizedMatrix, round_to_nearest
 from .recipe_sections import WeightMethod
 from .scratch import Scratch
-from .stages import RESIDUAL_STAGES, STAGES, DecoderStages
+from .stages import RESIDUAL_STAGES, DecoderStages
 
 Tensors = dict[str, torch.Tensor]
 
@@ -100,9 +100,11 @@ def layer_errors(
     """
     weights, errors = layer.weights(), {}
     x, y = streams.served, streams.plain
-    for stage, names in STAGES.items():
-        h = models.served.input_of(stage, weights, x)
-        g = models.plain.input_of(stage, folded, y)
+    for stage, names in models.plain.stages.items():
+        # An expert's error is on the tokens the float model sends it.
+        sent = _sent(models.plain, stage, folded, y)
+        h = models.served.input_of(stage, weights, x, sent)
+        g = models.plain.input_of(stage, folded, y, sent)
         served = models.served.linears(stage, weights, h)
         plain = models.plain.linears(stage, folded, g)
         for name, out, wanted in zip(names, served, plain, strict=True):
@@ -114,6 +116,14 @@ def layer_errors(
         if stage == "o_input":
             x, y = x + served[0], y + plain[0]
     return errors
+
+
+def _sent(
+    model: DecoderStages, stage: str, weights: Tensors, x: torch.Tensor
+) -> torch.Tensor | None:
+    """Tokens of an expert's stage, None for any other stage."""
+    expert = stage.rpartition(".")[0]
+    return model.sent(expert, weights, x) if expert else None
 
 
 def _relative(x: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -142,6 +152,8 @@ class StageQuantizer:
     ) -> None:
         self.models, self.scheme, self.recipe = models, scheme, recipe
         self.samples, self.chunk = samples, chunk
+        # Of every expert, by its name in the model.
+        self.tokens: dict[str, int] = {}
         self.options = GPTQOptions(
             recipe.damping, recipe.block_size, recipe.act_order, recipe.correction
         )
@@ -167,10 +179,13 @@ class StageQuantizer:
         weights = {name: tensor.float() for name, tensor in floats.items()}
         x, y = (s[: self.samples] for s in (streams.served, streams.plain))
         linears: dict[str, QuantizedMatrix] = {}
-        for stage, names in STAGES.items():
+        for stage, names in self.models.served.stages.items():
             compensation = None
             if self.recipe.method != "rtn":
                 hessian = self._hessian(stage, weights, plain_weights, x, y)
+                expert = stage.rpartition(".")[0]
+                if expert:
+                    self.tokens[prefix + expert] = hessian.rows
                 compensation = Compensation.of(hessian, self.options, prefix + names[0])
             for name in names:
                 starting(prefix + name)
@@ -213,10 +228,11 @@ class StageQuantizer:
         for part, plain_part in zip(
             x.split(self.chunk), y.split(self.chunk), strict=True
         ):
-            h = served.quantized(served.input_of(stage, weights, part))
+            sent = _sent(served, stage, weights, part)
+            h = served.quantized(served.input_of(stage, weights, part, sent))
             hessian = hessian or Hessian(h.shape[-1], h.device)
             if self.recipe.method == "gptaq":
-                hessian.add(h, plain.input_of(stage, plain_weights, plain_part))
+                hessian.add(h, plain.input_of(stage, plain_weights, plain_part, sent))
             else:
                 hessian.add(h)
         assert hessian is not None

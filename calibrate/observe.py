@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..kernels.grid import decode
 from ..kernels.hadamard_quantize.reference import transform
 from ..schema import Activations, KVCache, LowbitConfig, Rotations
@@ -155,6 +155,11 @@ def observe(
         raise ConfigError(
             f"{checkpoint}: its sizes are not those of {base}; name the model it was "
             "made from"
+        )
+    if plain.shape.num_experts:
+        raise UnsupportedError(
+            f"{base}: {plain.shape.architecture.name}: a report has no place for a "
+            "mixture of experts; evaluate measures it"
         )
     rotation = _rotation(plain, quantized, checkpoint, base)
     streams = [plain.vocabulary.look_up(window) for window in windows]

@@ -89,7 +89,8 @@ def calibrate(
     with CheckpointWriter(output, run.specs()) as writer:
         run.learn(snapshot)
         losses = run.run(writer)
-        report = Report(config, *losses, held_out * (seq_len - 1))
+        tokens, untouched = held_out * (seq_len - 1), run.untouched_experts
+        report = Report(config, *losses, tokens, untouched)
         writer.write_text(CALIBRATION, run.record.text())
         publish(writer, source, recipe, text, report)
     snapshot.remove()

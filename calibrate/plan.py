@@ -50,11 +50,29 @@ def plan(
         recipe.activations.clip_ratio,
     )
     check_scheme(shape, scheme, source)
+    if shape.num_experts:
+        _refuse_for_experts(recipe, f"{source}: {shape.architecture.name}")
     return LowbitConfig(
         scheme=scheme,
         rotations=_rotations(shape, recipe, scheme, source),
         provenance=provenance,
     )
+
+
+def _refuse_for_experts(recipe: Recipe, model: str) -> None:
+    """Raise UnsupportedError naming what a mixture of experts cannot have yet."""
+    asked = {
+        "transforms.smooth": recipe.transforms.smooth is not None,
+        "weights.method omniquant": recipe.weights.method == "omniquant",
+        "a learned transform": recipe.learns,
+        f"refine.scope {recipe.refine.scope}": recipe.refine.scope != "none",
+    }
+    for what, present in asked.items():
+        if present:
+            raise UnsupportedError(
+                f"{model}: {what} is not supported with a mixture of experts; the "
+                "recipes rtn, gptq, gptaq, quarot, quarot-gptq and lowbit are"
+            )
 
 
 def _rotations(

@@ -35,12 +35,15 @@ class Report:
         calibration: losses on the windows that were calibrated on.
         held_out: losses on other windows of the same text.
         held_out_tokens: predicted tokens of those.
+        untouched_experts: that no calibration token went through; their weights are
+            rounded to nearest.
     """
 
     config: LowbitConfig
     calibration: Losses
     held_out: Losses
     held_out_tokens: int
+    untouched_experts: int = 0
 
 
 def publish(

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
-from ..architecture import ModelShape, check_scheme, flag_only_rotations
+from ..architecture import ROUTER, ModelShape, check_scheme, flag_only_rotations
 from ..checkpoint import check_plain_checkpoint
 from ..errors import ConfigError
 from ..kernels.kv4_attention.generic import kv4_attention
@@ -27,6 +28,7 @@ from ..takeover.foreign import ForeignFormat
 from ..verification import Verification
 from .reference_weights import WeightReader
 from .rotary import RotaryEmbedding, model_config
+from .routing import route
 
 _BLOCK_SIZE = 16
 
@@ -99,7 +101,7 @@ class ReferenceModel:
         self.eps = float(hf_config.rms_norm_eps)
         self.rotary = RotaryEmbedding(hf_config)
         reader = WeightReader(Path(model), self.shape, self.config, stored, dtype)
-        self.tensors = reader.norms()
+        self.tensors = reader.norms() | reader.routers()
         self.vocabulary = reader.vocabulary()
         self.linears = reader.linears()
 
@@ -125,8 +127,7 @@ class ReferenceModel:
             h, residual = self._add_norm(
                 x, residual, prefix + "post_attention_layernorm"
             )
-            h = self._run(prefix + "mlp.gate_up_proj", h)
-            x = self._run(prefix + "mlp.down_proj", self._silu_and_mul(h))
+            x = self._feed_forward(h, prefix)
         h, _ = self._add_norm(x, residual, "model.norm")
         return self._round(self.vocabulary.logits(h, self.dtype))
 
@@ -145,8 +146,29 @@ class ReferenceModel:
             h = self._attention(h, prefix, *self._cos_sin(lengths), lengths)
             return self._run(prefix + "self_attn.o_proj", h)
         h, _ = self._add_norm(stream, start, prefix + "post_attention_layernorm")
-        h = self._run(prefix + "mlp.gate_up_proj", h)
-        return self._run(prefix + "mlp.down_proj", self._silu_and_mul(h))
+        return self._feed_forward(h, prefix)
+
+    def _feed_forward(self, h: torch.Tensor, prefix: str) -> torch.Tensor:
+        """The MLP of a layer, or its experts, each on the tokens that choose it."""
+        if not self.shape.num_experts:
+            return self._mlp(h, prefix + "mlp")
+        logits = self._round(
+            functional.linear(h, self.tensors[f"{prefix}{ROUTER}.weight"])
+        )
+        weights, chosen = route(logits, self.shape)
+        out = h.new_empty(*chosen.shape, h.shape[1])
+        for expert, mlp in enumerate(self.shape.mlps()):
+            token, choice = (chosen == expert).nonzero(as_tuple=True)
+            if len(token):
+                out[token, choice] = self._mlp(h[token], prefix + mlp)
+        total = torch.zeros_like(h)
+        for nth in range(chosen.shape[1]):
+            total = total + out[:, nth] * weights[:, nth : nth + 1]
+        return self._round(total)
+
+    def _mlp(self, h: torch.Tensor, name: str) -> torch.Tensor:
+        gate_up = self._run(f"{name}.gate_up_proj", h)
+        return self._run(f"{name}.down_proj", self._silu_and_mul(gate_up))
 
     def _cos_sin(self, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every position, ``[tokens, head_dim]`` each."""
@@ -178,7 +200,7 @@ class ReferenceModel:
 
     def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return self._round(torch.nn.functional.silu(gate) * up)
+        return self._round(functional.silu(gate) * up)
 
     def _rope(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..architecture import ModelShape
+from ..architecture import ROUTER, ModelShape
 from ..checkpoint import safetensors_files
 from ..kernels.grid import IntGrid
 from ..kernels.hadamard.signs import random_signs
@@ -25,6 +25,7 @@ from ..load_time import (
     FUSED,
     QuantizedWeight,
     activation_grid,
+    equalizing_scale,
     fold_bias,
     quantize_linear,
     rotations_of,
@@ -36,12 +37,7 @@ from ..takeover.foreign import ForeignFormat
 Linear = Callable[[torch.Tensor], torch.Tensor]
 # Of 8-bit codes less their zero point, or of narrower ones.
 _WEIGHT_MAX = 1 << 8
-_LINEARS = (
-    ("self_attn", "qkv_proj"),
-    ("self_attn", "o_proj"),
-    ("mlp", "gate_up_proj"),
-    ("mlp", "down_proj"),
-)
+_ATTENTION, _MLP = ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -189,7 +185,8 @@ class WeightReader:
         for path in safetensors_files(directory):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    self._tensors[name] = file.get_tensor(name)
+                    self._tensors[shape.named_here(name)] = file.get_tensor(name)
+        self._shared_scales: dict[str, torch.Tensor] = {}
         if stored is None:
             self._split()
 
@@ -198,7 +195,7 @@ class WeightReader:
         fused = {}
         for name in self._shape.tensors():
             file_name, rows = self._shape.in_plain(name)
-            if file_name != name:
+            if rows != slice(None):
                 fused[file_name] = self._tensors[file_name]
                 self._tensors[name] = fused[file_name][rows]
         for name in fused:
@@ -209,15 +206,28 @@ class WeightReader:
         names = [name for name in self._tensors if name.endswith("norm.weight")]
         return {name: self._float(name) for name in names}
 
+    def routers(self) -> dict[str, torch.Tensor]:
+        """float32 ``[experts, hidden]`` of each layer, by the tensor's name."""
+        names = [name for name in self._tensors if name.endswith(f".{ROUTER}.weight")]
+        return {name: self._float(name) for name in names}
+
     def linears(self) -> dict[str, Linear]:
-        """Every linear as vLLM fuses it, by the name of the fused module."""
-        return {
-            f"model.layers.{layer}.{block}.{name}": self._linear(
-                f"model.layers.{layer}.{block}", name
-            )
-            for layer in range(self._shape.num_layers)
-            for block, name in _LINEARS
-        }
+        """Every linear as vLLM fuses it, by the name of the fused module.
+
+        Those of experts are named one by one.
+        """
+        blocks = [("self_attn", _ATTENTION)]
+        blocks += [(mlp, _MLP) for mlp in self._shape.mlps()]
+        linears = {}
+        for layer in range(self._shape.num_layers):
+            prefix = f"model.layers.{layer}."
+            if self._shape.num_experts and self._config and self._stored is None:
+                self._shared_scales[prefix] = self._scale_of_experts(prefix)
+            for block, names in blocks:
+                for name in names:
+                    module = f"{prefix}{block}.{name}"
+                    linears[module] = self._linear(f"{prefix}{block}", name)
+        return linears
 
     def vocabulary(self) -> Vocabulary:
         """Embedding and head."""
@@ -280,11 +290,24 @@ class WeightReader:
         sizes = [len(rows) for rows in stack]
         around = [rotations_of(self._config.rotations, part) for part in FUSED[name]]
         weights = self._config.scheme.weights
-        quantized = quantize_linear(torch.cat(stack), sizes, around, weights)
+        shared = None
+        if name == "gate_up_proj":
+            shared = self._shared_scales.get(block.partition("mlp.")[0])
+        quantized = quantize_linear(torch.cat(stack), sizes, around, weights, shared)
         if bias is not None:
             # The server has it in its dtype, before and after.
             bias = fold_bias(bias.to(self._dtype), sizes, around).float()
         return quantized, bias
+
+    def _scale_of_experts(self, prefix: str) -> torch.Tensor:
+        """Of the input that all experts of a layer read, ``[hidden]``."""
+        names = [
+            f"{prefix}{expert}.{part}.weight"
+            for expert in self._shape.mlps()
+            for part in FUSED["gate_up_proj"]
+        ]
+        stack = [_round(self._tensors[name], self._dtype) for name in names]
+        return equalizing_scale(torch.cat(stack))
 
     def _read(self, block: str, name: str) -> QuantizedWeight:
         assert self._config is not None

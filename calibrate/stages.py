@@ -6,16 +6,17 @@ quantizers. It uses the serving grids but float GEMMs; ``reference_model.py`` is
 bit-exact mirror of the server.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
-from ..architecture import ModelShape
+from ..architecture import ROUTER, ModelShape
 from ..kernels.grid import IntGrid
 from .rotary import RotaryEmbedding
+from .routing import route
 from .straight_through import fake_quantize, through_cache
 from .transforms import Orthogonal
 
@@ -30,6 +31,20 @@ LINEARS = tuple(name for names in STAGES.values() for name in names)
 # The two that end in a sum into the residual stream.
 RESIDUAL_STAGES = ("o_input", "down_input")
 Observer = Callable[[str, torch.Tensor], None]
+
+
+def stages_of(shape: ModelShape) -> dict[str, tuple[str, ...]]:
+    """The stages of a layer; each expert has its own ``EXPERT.mlp_input`` and
+    ``EXPERT.down_input`` where there are experts."""
+    if not shape.num_experts:
+        return STAGES
+    stages = {stage: STAGES[stage] for stage in ("attn_input", "o_input")}
+    for expert in shape.mlps():
+        for stage in ("mlp_input", "down_input"):
+            stages[f"{expert}.{stage}"] = tuple(
+                name.replace("mlp", expert, 1) for name in STAGES[stage]
+            )
+    return stages
 
 
 @dataclass(frozen=True)
@@ -70,22 +85,37 @@ class DecoderStages:
         online: Online | None = None,
         device: str = "cpu",
     ) -> None:
-        self.shape = shape
+        self.shape, self.stages = shape, stages_of(shape)
         self.online = online or Online()
         self.eps = float(config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config).to(device)
 
     def input_of(
-        self, stage: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor
+        self,
+        stage: str,
+        weights: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        sent: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the linears of a stage read, before quantization.
 
         Args:
-            stage: one of STAGES.
+            stage: one of ``self.stages``.
             weights: of the layer, by name after ``model.layers.N.``.
             x: ``[windows, tokens, hidden]``, the residual stream before attention
                 for ``attn_input`` and ``o_input``, after it for the others.
+            sent: bool ``[windows, tokens]``, for a stage of an expert: the tokens it
+                gets, None for those that :meth:`sent` says.
+
+        Returns:
+            ``[windows, tokens, inputs]``, of an expert ``[its tokens, inputs]``.
         """
+        expert, _, stage = stage.rpartition(".")
+        if expert:
+            h = self.norm(x, weights["post_attention_layernorm.weight"])
+            h = h[self.sent(expert, weights, x) if sent is None else sent]
+            h = rotated(h, self.online.mlp_input)
+            return h if stage == "mlp_input" else self._gated(expert, weights, h)
         match stage:
             case "attn_input":
                 h = self.norm(x, weights["input_layernorm.weight"])
@@ -98,19 +128,28 @@ class DecoderStages:
                 return rotated(h, self.online.mlp_input)
             case "down_input":
                 h = self.input_of("mlp_input", weights, x)
-                gate, up = self.linears("mlp_input", weights, h)
-                return rotated(functional.silu(gate) * up, self.online.down)
+                return self._gated("mlp", weights, h)
         raise ValueError(f"no stage {stage!r}")
 
     def linears(
         self, stage: str, weights: Mapping[str, torch.Tensor], h: torch.Tensor
     ) -> list[torch.Tensor]:
         """Outputs of a stage's linears for their unquantized input h."""
-        h = self.quantized(h)
-        return [
-            functional.linear(h, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-            for name in STAGES[stage]
-        ]
+        return self._linears(self.stages[stage], weights, h)
+
+    def sent(
+        self, expert: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """bool ``[windows, tokens]``: the tokens that go through an expert.
+
+        Args:
+            expert: such as ``mlp.experts.3``.
+            weights: of the layer.
+            x: the residual stream after attention.
+        """
+        h = self.norm(x, weights["post_attention_layernorm.weight"])
+        _, chosen = self._route(weights, h)
+        return (chosen == self.shape.mlps().index(expert)).any(dim=-1)
 
     def update(
         self,
@@ -124,6 +163,8 @@ class DecoderStages:
         Args:
             observe: called with the stage and the unquantized input of its linear.
         """
+        if stage == "down_input" and self.shape.num_experts:
+            return x + self._mixture(weights, x, observe)
         h = self.input_of(stage, weights, x)
         if observe is not None:
             observe(stage, h)
@@ -138,6 +179,51 @@ class DecoderStages:
         """x on the activation grid, per token."""
         grid = self.online.activations
         return x if grid is None else fake_quantize(x, grid)
+
+    def _linears(
+        self, names: Sequence[str], weights: Mapping[str, torch.Tensor], h: torch.Tensor
+    ) -> list[torch.Tensor]:
+        h = self.quantized(h)
+        return [
+            functional.linear(h, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+            for name in names
+        ]
+
+    def _gated(
+        self, mlp: str, weights: Mapping[str, torch.Tensor], h: torch.Tensor
+    ) -> torch.Tensor:
+        """Input of down, from that of gate and up."""
+        names = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        gate, up = self._linears(names, weights, h)
+        return rotated(functional.silu(gate) * up, self.online.down)
+
+    def _route(
+        self, weights: Mapping[str, torch.Tensor], h: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and indices of the experts of every token."""
+        return route(functional.linear(h, weights[f"{ROUTER}.weight"]), self.shape)
+
+    def _mixture(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        observe: Observer | None,
+    ) -> torch.Tensor:
+        """What the experts add to the residual stream x."""
+        normed = self.norm(x, weights["post_attention_layernorm.weight"])
+        of_choice, chosen = self._route(weights, normed)
+        total = torch.zeros_like(x)
+        for index, expert in enumerate(self.shape.mlps()):
+            hit = chosen == index
+            sent = hit.any(dim=-1)
+            h = rotated(normed[sent], self.online.mlp_input)
+            h = self._gated(expert, weights, h)
+            if observe is not None:
+                observe(f"{expert}.down_input", h)
+            out = self._linears((f"{expert}.down_proj",), weights, h)[0]
+            weight = (of_choice * hit).sum(dim=-1, keepdim=True)
+            total[sent] += out * weight[sent]
+        return total
 
     def _attend(
         self,

@@ -16,15 +16,12 @@ from typing import Protocol
 
 import torch
 
-from ..architecture import ModelShape
+from ..architecture import ROUTER, ModelShape
 from ..kernels.hadamard.generic import kronecker
 from ..kernels.hadamard.matrices import matrix
 
 Tensors = dict[str, torch.Tensor]
-NORMS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # Up to here one large GEMM is faster than many small ones.
 DENSE_ORDER = 1024
 
@@ -104,7 +101,8 @@ class LayerTransforms:
         key_scale: ``[num_kv_heads, head_dim / 2]``, tied over the pairs that RoPE
             rotates; k is multiplied, q divided. ``[1, head_dim / 2]`` where norms of
             queries and keys, whose weights all heads share, have to take it.
-        up_scale: ``[intermediate]``, between up and down.
+        up_scale: ``[intermediate]``, between up and down; ``[experts, intermediate]``
+            where there are experts.
         down: applied to down_proj's input at run time; only its inverse is folded.
         attn_input: the same of q, k and v, after ``attn_scale``.
         mlp_input: the same of gate and up.
@@ -125,13 +123,21 @@ class LayerTransforms:
 def scale_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Of the scales of one layer, by their names in :class:`LayerTransforms`."""
     key_heads = 1 if shape.architecture.qk_norm else shape.num_kv_heads
+    experts = (shape.num_experts,) if shape.num_experts else ()
     return {
         "attn_scale": (shape.hidden_size,),
         "mlp_scale": (shape.hidden_size,),
         "value_scale": (shape.num_kv_heads * shape.head_dim,),
         "key_scale": (key_heads, shape.head_dim // 2),
-        "up_scale": (shape.intermediate_size,),
+        "up_scale": (*experts, shape.intermediate_size),
     }
+
+
+def norm_readers(shape: ModelShape) -> dict[str, tuple[str, ...]]:
+    """By norm of a layer the linears that read its output, the router not counted."""
+    parts = ("gate_proj", "up_proj")
+    of_mlps = tuple(f"{mlp}.{part}" for mlp in shape.mlps() for part in parts)
+    return {"input_layernorm": _QKV, "post_attention_layernorm": of_mlps}
 
 
 def fold_layer(
@@ -160,14 +166,17 @@ def fold_layer(
     scales = (transforms.attn_scale, transforms.mlp_scale)
     online = (transforms.attn_input, transforms.mlp_input)
     for (norm, readers), scale, rotation in zip(
-        NORMS.items(), scales, online, strict=True
+        norm_readers(shape).items(), scales, online, strict=True
     ):
         _fold_norm(folded, norm, readers, residual, scale, rotation)
     _fold_keys(folded, shape, transforms.key_scale)
     _fold_values(folded, shape, transforms)
-    _fold_down(folded, transforms)
-    for writer in ("self_attn.o_proj", "mlp.down_proj"):
-        _rotate_output(folded, writer, residual)
+    _rotate_output(folded, "self_attn.o_proj", residual)
+    for index, mlp in enumerate(shape.mlps()):
+        scale = transforms.up_scale
+        own = scale[index] if scale is not None and shape.num_experts else scale
+        _fold_down(folded, mlp, own, transforms.down)
+        _rotate_output(folded, f"{mlp}.down_proj", residual)
     return folded
 
 
@@ -192,12 +201,16 @@ def _fold_norm(
     online: Orthogonal | None,
 ) -> None:
     gamma = tensors[f"{norm}.weight"]
-    for name in (f"{reader}.weight" for reader in readers):
+    router = f"{ROUTER}.weight"
+    names = [f"{reader}.weight" for reader in readers]
+    if norm == "post_attention_layernorm" and router in tensors:
+        names.append(router)
+    for name in names:
         if residual is not None:
             tensors[name] = residual.right(tensors[name] * gamma)
         if scale is not None:
             tensors[name] = tensors[name] * scale
-        if online is not None:
+        if online is not None and name != router:
             tensors[name] = online.right(tensors[name])
     if residual is not None:
         gamma = torch.ones_like(gamma)
@@ -245,14 +258,16 @@ def _fold_values(
         tensors[f"{out}.weight"] = rotated
 
 
-def _fold_down(tensors: Tensors, transforms: LayerTransforms) -> None:
-    name, scale = "mlp.down_proj.weight", transforms.up_scale
+def _fold_down(
+    tensors: Tensors, mlp: str, scale: torch.Tensor | None, down: Orthogonal | None
+) -> None:
+    name = f"{mlp}.down_proj.weight"
     if scale is not None:
-        _scale_rows(tensors, "mlp.up_proj", 1 / scale)
+        _scale_rows(tensors, f"{mlp}.up_proj", 1 / scale)
         # Before the Hadamard: the other order is another function.
         tensors[name] = tensors[name] * scale
-    if transforms.down is not None:
-        tensors[name] = transforms.down.right(tensors[name])
+    if down is not None:
+        tensors[name] = down.right(tensors[name])
 
 
 def _scale_rows(tensors: Tensors, linear: str, scale: torch.Tensor) -> None:

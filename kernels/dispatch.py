@@ -68,6 +68,11 @@ def _integer_bits(case: Case) -> str | None:
     return _weight_bits(case)
 
 
+def _expert_bits(case: Case) -> str | None:
+    weight_only = case.get("activation_bits", 4) == 16
+    return _weight_bits(case) if weight_only else _integer_bits(case)
+
+
 def _head_dim(case: Case) -> str | None:
     head_dim = case.get("head_dim", 128)
     if head_dim in HEAD_DIMS:
@@ -89,6 +94,8 @@ TABLE: tuple[Row, ...] = (
     Row("linear_wna16", "cpu", ("cpu",), _compiled(_weight_bits)),
     Row("linear_wna16", "triton", ("cuda",), _triton(_weight_bits)),
     Row("linear_wna16", "generic", ("cpu",), _weight_bits),
+    Row("linear_experts", "cpu", ("cpu",), _compiled(_expert_bits)),
+    Row("linear_experts", "generic", ("cpu",), _expert_bits),
     Row("linear_tiled", "cpu", ("cpu",), _compiled(_any)),
     Row("linear_tiled", "generic", ("cpu",), _any),
     Row("quantize_weight", "cpu", ("cpu",), _compiled(_any)),

@@ -13,6 +13,7 @@ import torch
 
 from .hadamard_quantize import reference as quantize_reference
 from .implementations import IMPLEMENTATIONS, QUANTIZE, implementation, on_call
+from .linear_experts.cpu import linear_experts_generic, linear_experts_packed
 from .linear_packed.cpu import linear_packed
 from .linear_w4a4.generic import linear_w4a4
 from .linear_wna16.generic import linear_wna16
@@ -45,6 +46,21 @@ def _linear_packed_out(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     # After input_scale, which is the first of them.
     n, out_dtype = arguments[10], arguments[12]
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
+
+
+def _linear_experts_generic_out(
+    x: torch.Tensor, rows: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
+    # After offsets, which is the first of them.
+    weight, out_dtype = arguments[6], arguments[9]
+    return x.new_empty((rows.shape[0], weight.shape[1]), dtype=out_dtype)
+
+
+def _linear_experts_packed_out(
+    x: torch.Tensor, rows: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
+    n, out_dtype = arguments[10], arguments[12]
+    return x.new_empty((rows.shape[0], n), dtype=out_dtype)
 
 
 def _codes_out(
@@ -112,6 +128,23 @@ _register(
     " ScalarType out_dtype, float clip_ratio=1.0) -> Tensor",
     linear_packed,
     _linear_packed_out,
+)
+_register(
+    "linear_experts_generic(Tensor x, Tensor rows, Tensor offsets,"
+    " Tensor? input_scale, int order, int stride, int activation_bits,"
+    " bool symmetric, Tensor weight, Tensor weight_scale, int weight_max,"
+    " ScalarType out_dtype, float clip_ratio=1.0) -> Tensor",
+    linear_experts_generic,
+    _linear_experts_generic_out,
+)
+_register(
+    "linear_experts_packed(Tensor x, Tensor rows, Tensor offsets,"
+    " Tensor? input_scale, int order, int stride, int activation_bits,"
+    " bool symmetric, Tensor weight, Tensor weight_scale, Tensor? weight_zero,"
+    " Tensor weight_sum, int n, int weight_bits, ScalarType out_dtype,"
+    " float clip_ratio=1.0) -> Tensor",
+    linear_experts_packed,
+    _linear_experts_packed_out,
 )
 # Weights of these two are in the form of gpu/weights.py.
 _register(

@@ -42,6 +42,7 @@ def _tiny_model(
 ) -> Path:
     import torch
     import transformers
+    from safetensors.torch import load_file
 
     model_class = getattr(transformers, architecture)
 
@@ -63,11 +64,15 @@ def _tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(hf_config).to(getattr(torch, dtype))
+    directory.mkdir(parents=True, exist_ok=True)
     state = {name: t.contiguous() for name, t in model.state_dict().items()}
-    if hf_config.tie_word_embeddings:
+    if any(".experts." in name for name in state):
+        # In files each expert has tensors of its own.
+        model.save_pretrained(directory)
+        state = load_file(directory / PLAIN)
+    elif hf_config.tie_word_embeddings:
         del state["lm_head.weight"]
 
-    directory.mkdir(parents=True, exist_ok=True)
     hf_config.save_pretrained(directory)
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -232,7 +237,7 @@ def _lowbit_checkpoint(
     shape = ModelShape.from_config(hf_config, "config.json")
     plain = load_file(Path(source) / "model.safetensors")
     dtypes = {name: tensor.dtype for name, tensor in plain.items()}
-    if shape.architecture.fused:
+    if shape.architecture.fused or shape.num_experts:
         of = {name: shape.in_plain(name) for name in shape.tensors()}
         dtypes = {name: plain[file_name].dtype for name, (file_name, _) in of.items()}
         plain = {name: plain[file_name][rows] for name, (file_name, rows) in of.items()}
@@ -241,6 +246,7 @@ def _lowbit_checkpoint(
         name: tensor.to(dtypes.get(name, tensor.dtype))
         for name, tensor in _round_to_nearest(floats, shape, config)
     }
+    tensors = {shape.stored(name): tensor for name, tensor in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, directory / PLAIN)
     hf_config["quantization_config"] = config.model_dump(mode="json")

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_lowbit.architecture import (
+    MAX_EXPERTS,
     MAX_LAYERS,
     MAX_SIZE,
     MIN_BLOCK,
@@ -27,6 +28,13 @@ MISTRAL = {"architectures": ["MistralForCausalLM"]}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
 PHI3 = {"architectures": ["Phi3ForCausalLM"]}
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 96,
+}
 
 
 def config(**keys: Any) -> dict[str, Any]:
@@ -71,6 +79,11 @@ def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> ModelShape
         ({**QWEN2, "sliding_window": 64}, {"sliding_window": None}),
         ({**MISTRAL, "sliding_window": 64}, {"sliding_window": 64, "biases": set()}),
         ({**QWEN3, "head_dim": 32}, {"head_dim": 32, "biases": set()}),
+        (MIXTRAL, {"num_experts": 4, "experts_per_token": 2, "renormalize": True}),
+        (
+            {**MIXTRAL, "num_experts_per_tok": 3, "head_dim": None},
+            {"experts_per_token": 3, "head_dim": 64},
+        ),
     ],
 )
 def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -85,7 +98,10 @@ NOT_NULL = {  # transformers' config class refuses these
     ("MistralForCausalLM", "num_key_value_heads"),
     ("Qwen3ForCausalLM", "head_dim"),
     ("Phi3ForCausalLM", "head_dim"),
+    ("MixtralForCausalLM", "num_key_value_heads"),
+    ("Qwen3MoeForCausalLM", "num_key_value_heads"),
 }
+OF_EXPERTS = {c["architectures"][0]: c for c in (MIXTRAL, QWEN3_MOE)}
 LEFT_OUT = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
@@ -108,6 +124,7 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(
     if name != "Qwen2ForCausalLM":
         keys["head_dim"] = 64
     keys["architectures"] = [name]
+    keys |= OF_EXPERTS.get(name, {})
     keys.pop(dropped, None)
     if how == "null":
         keys[dropped] = None
@@ -138,7 +155,39 @@ def test_other_architectures(architectures: object) -> None:
     assert str(error.value) == (
         f"m/config.json: architectures {architectures!r} is not supported; "
         "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM, Phi3ForCausalLM"
+        "Qwen3ForCausalLM, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM"
+    )
+
+
+@pytest.mark.parametrize("count", ["num_experts", "num_local_experts"])
+def test_experts_of_qwen3(count: str) -> None:
+    """transformers writes the number under another name than the model's makers."""
+    keys = {**QWEN3_MOE, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    keys[count] = keys.pop("num_experts")
+    found = ModelShape.from_config(config(**keys), "config.json")
+    assert (found.num_experts, found.experts_per_token, found.renormalize) == (6, 2, 1)
+    assert found.intermediate_size == 96
+    plain = ModelShape.from_config(config(**{**keys, "norm_topk_prob": None}), "x")
+    assert not plain.renormalize
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "largest"),
+    [
+        ("num_local_experts", 0, MAX_EXPERTS // 2),
+        ("num_local_experts", MAX_EXPERTS, MAX_EXPERTS // 2),
+        ("num_local_experts", None, MAX_EXPERTS // 2),
+        ("num_local_experts", True, MAX_EXPERTS // 2),
+        ("num_experts_per_tok", 5, 4),
+        ("num_experts_per_tok", "2", 4),
+    ],
+)
+def test_impossible_experts(key: str, value: object, largest: int) -> None:
+    keys = {**MIXTRAL, key: value}
+    with pytest.raises(UnsupportedError) as error:
+        ModelShape.from_config(config(**keys), "m/config.json")
+    assert str(error.value) == (
+        f"m/config.json: {key} must be an integer from 1 to {largest}, got {value!r}"
     )
 
 
@@ -248,6 +297,28 @@ def test_largest_sizes_take_bounded_time_and_memory() -> None:
     )
 
 
+def _in_files(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor; each expert has its own in files."""
+    found = {}
+    of_mlp = {"MixtralForCausalLM": ("block_sparse_moe", "w1", "w3", "w2")}
+    usual = ("mlp", "gate_proj", "up_proj", "down_proj")
+    mlp, gate, up, down = of_mlp.get(config.architectures[0], usual)
+    for name, tensor in model.state_dict().items():
+        block, experts, part = name.partition(".experts.")
+        if not experts:
+            found[name.replace(".mlp.", f".{mlp}.")] = tuple(tensor.shape)
+            continue
+        n, k = tensor.shape[1:]
+        block = block.replace(".mlp", f".{mlp}")
+        shapes = {down: (n, k)}
+        if part == "gate_up_proj":
+            shapes = {gate: (n // 2, k), up: (n // 2, k)}
+        for expert in range(len(tensor)):
+            for linear, size in shapes.items():
+                found[f"{block}.experts.{expert}.{linear}.weight"] = size
+    return found
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -265,6 +336,9 @@ def test_largest_sizes_take_bounded_time_and_memory() -> None:
         {**QWEN3, "head_dim": 32, "tie_word_embeddings": True},
         {**PHI3, "pad_token_id": None},
         {**PHI3, "pad_token_id": None, "num_key_value_heads": 1, "head_dim": 32},
+        MIXTRAL,
+        QWEN3_MOE,
+        {**QWEN3_MOE, "tie_word_embeddings": True, "head_dim": 32},
     ],
 )
 def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
@@ -275,7 +349,7 @@ def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
     hf_config = model_class.config_class(**keys)
     with torch.device("meta"):
         model = model_class(hf_config)
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    expected = _in_files(model, hf_config)
     if keys.get("tie_word_embeddings"):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         del expected["lm_head.weight"]

@@ -19,6 +19,7 @@ from vllm_lowbit.supported_models import ARCHITECTURES, architecture_of
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 PHI3 = "Phi3ForCausalLM"
+MIXTRAL, QWEN3_MOE = "MixtralForCausalLM", "Qwen3MoeForCausalLM"
 EVERY = tuple(ARCHITECTURES)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -53,6 +54,12 @@ REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
     ((LLAMA, QWEN2, QWEN3), "layer_types", "full", "'full_attention' in every layer"),
     (EVERY, "rope_scaling", "yarn", "an object, or null"),
     ((PHI3,), "partial_rotary_factor", 0.75, "1.0 or null"),
+    ((MIXTRAL,), "sliding_window", 4096, "null"),
+    ((QWEN3_MOE,), "use_sliding_window", True, "false or null"),
+    ((QWEN3_MOE,), "mlp_only_layers", [0], "[] or null"),
+    ((QWEN3_MOE,), "decoder_sparse_step", 2, "1 or null"),
+    ((QWEN3_MOE,), "shared_expert_intermediate_size", 64, "0 or null"),
+    ((MIXTRAL, QWEN3_MOE), "attention_bias", True, "false or null"),
 ]
 ROPE: list[tuple[dict[str, Any], str, object, str]] = [
     ({"rope_type": "dynamic", "factor": 2.0}, "rope_type", "dynamic", "default, lin"),
@@ -198,12 +205,27 @@ def test_rope_is_that_of_vllm(name: str, rope: dict[str, Any]) -> None:
     assert (ours - theirs).abs().max() < 1e-4
 
 
-@pytest.fixture(scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3])
+@pytest.fixture(
+    scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE]
+)
 def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) -> Path:
     """A checkpoint of each architecture but Llama."""
-    return tiny_model(
-        tmp_path_factory.mktemp("plain"), architecture=request.param, hidden_size=256
-    )
+    return tiny_model(tmp_path_factory.mktemp("plain"), **_keys(request.param))
+
+
+def _keys(name: str) -> dict[str, Any]:
+    of_experts = {
+        MIXTRAL: {"num_local_experts": 2},
+        QWEN3_MOE: {
+            "num_experts": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        },
+    }
+    return {"architecture": name, "hidden_size": 256, **of_experts.get(name, {})}
+
+
+MLP = {MIXTRAL: "block_sparse_moe", QWEN3_MOE: "mlp"}
 
 
 def check(directory: Path) -> None:
@@ -218,6 +240,8 @@ def own(directory: Path) -> list[str]:
         json.loads((directory / "config.json").read_text())["architectures"][0]
     ]
     names = [f"{linear}.bias" for linear in architecture.biases]
+    if architecture.experts is not None:
+        names.append(f"{MLP[architecture.name]}.gate.weight")
     if architecture.qk_norm:
         names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
     return [f"model.layers.1.{name}" for name in names]
@@ -235,7 +259,7 @@ def test_files_of_each_architecture(
 
 def _made(plain: Path) -> dict[str, Any]:
     config = json.loads((plain / "config.json").read_text())
-    return {"architecture": config["architectures"][0], "hidden_size": 256}
+    return _keys(config["architectures"][0])
 
 
 def test_tensors_of_an_architecture_are_needed(

@@ -4,7 +4,7 @@
 Reads config.json; does not need vLLM.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,14 @@ from .schema import Rotation, Rotations, Scheme
 from .supported_models import LLAMA, Architecture, architecture_of
 
 MIN_BLOCK = 16
+# Of a mixture of experts, after ``model.layers.N.``; it is never quantized.
+ROUTER = "mlp.gate"
 # Tensor parallel sizes that one model may be served with, largest first.
 PARALLEL_SIZES = (8, 4, 2, 1)
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1 << 12
+# In all layers.
+MAX_EXPERTS = 1 << 16
 MAX_WINDOW = (1 << 31) - 1
 
 
@@ -27,8 +31,12 @@ class ModelShape:
     """Sizes of a model, in elements, and what its architecture adds to them.
 
     Attributes:
+        intermediate_size: of the MLP, or of one expert.
         biases: linears that have one, by name after ``model.layers.N.``.
         sliding_window: tokens that a token attends to, itself included; None for all.
+        num_experts: in place of the MLP of a layer; 0 for an MLP.
+        experts_per_token: how many of them a token goes through.
+        renormalize: whether the weights of those are scaled to a sum of one.
         architecture: in what it differs from others.
     """
 
@@ -42,6 +50,9 @@ class ModelShape:
     tie_word_embeddings: bool
     biases: frozenset[str] = frozenset()
     sliding_window: int | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    renormalize: bool = True
     architecture: Architecture = LLAMA
 
     @classmethod
@@ -101,12 +112,20 @@ class ModelShape:
         )
         if architecture.window == "every layer" and given is not None:
             window = size("sliding_window", largest=MAX_WINDOW)
+        layers = size("num_hidden_layers", largest=MAX_LAYERS)
+        experts, num_experts, per_token = architecture.experts, 0, 0
+        if experts is not None:
+            count = next((k for k in experts.count if k in config), experts.count[0])
+            num_experts = size(count, largest=MAX_EXPERTS // layers)
+            per_token = size("num_experts_per_tok", largest=num_experts)
         keys = [key for key in architecture.bias_keys if flag(key)]
         biased = [name for key in keys for name in architecture.bias_keys[key]]
         return cls(
             hidden_size=hidden,
-            intermediate_size=size("intermediate_size"),
-            num_layers=size("num_hidden_layers", largest=MAX_LAYERS),
+            intermediate_size=size(
+                "intermediate_size" if experts is None else experts.size
+            ),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -114,6 +133,11 @@ class ModelShape:
             tie_word_embeddings=flag("tie_word_embeddings"),
             biases=frozenset((*architecture.biases, *biased)),
             sliding_window=window,
+            num_experts=num_experts,
+            experts_per_token=per_token,
+            renormalize=experts is None
+            or experts.renormalize is None
+            or flag(experts.renormalize),
             architecture=architecture,
         )
 
@@ -134,6 +158,8 @@ class ModelShape:
                 names[f"{prefix}{name}.weight"] = (n, k)
                 if name in self.biases:
                     names[f"{prefix}{name}.bias"] = (n,)
+            if self.num_experts:
+                names[f"{prefix}{ROUTER}.weight"] = (self.num_experts, hidden)
             if self.architecture.qk_norm:
                 names[prefix + "self_attn.q_norm.weight"] = (self.head_dim,)
                 names[prefix + "self_attn.k_norm.weight"] = (self.head_dim,)
@@ -144,8 +170,8 @@ class ModelShape:
         names: dict[str, tuple[int, ...]] = {}
         for name, size in self.tensors().items():
             file_name, rows = self.in_plain(name)
-            if file_name == name:
-                names[name] = size
+            if rows == slice(None):
+                names[file_name] = size
             else:
                 names[file_name] = (rows.stop, *size[1:])
         return names
@@ -156,6 +182,8 @@ class ModelShape:
         Args:
             name: one of :meth:`tensors`.
         """
+        if self.num_experts:
+            return self.stored(name), slice(None)
         module, _, kind = name.rpartition(".")
         for fused, parts in self.architecture.fused.items():
             for index, part in enumerate(parts):
@@ -166,6 +194,27 @@ class ModelShape:
                 return f"{module.removesuffix(part)}{fused}.{kind}", rows
         return name, slice(None)
 
+    def stored(self, name: str) -> str:
+        """Name of a tensor in the files of a checkpoint."""
+        for here, there in self._renamed():
+            name = name.replace(here, there)
+        return name
+
+    def named_here(self, stored: str) -> str:
+        """What :meth:`stored` is the other way round of."""
+        for here, there in self._renamed():
+            stored = stored.replace(there, here)
+        return stored
+
+    def is_router(self, stored: str) -> bool:
+        """Whether a tensor of a checkpoint weighs experts."""
+        name = self.named_here(stored)
+        return bool(self.num_experts) and name.endswith(f".{ROUTER}.weight")
+
+    def _renamed(self) -> Iterable[tuple[str, str]]:
+        experts = self.architecture.experts
+        return () if experts is None else experts.names.items()
+
     def _rows(self, linear: str) -> int:
         return self._linears()[linear][0]
 
@@ -173,15 +222,25 @@ class ModelShape:
         """Rows and columns of the linears of a layer."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         hidden, intermediate = self.hidden_size, self.intermediate_size
-        return {
+        linears = {
             "self_attn.q_proj": (q, hidden),
             "self_attn.k_proj": (kv, hidden),
             "self_attn.v_proj": (kv, hidden),
             "self_attn.o_proj": (hidden, q),
-            "mlp.gate_proj": (intermediate, hidden),
-            "mlp.up_proj": (intermediate, hidden),
-            "mlp.down_proj": (hidden, intermediate),
         }
+        for mlp in self.mlps():
+            linears[f"{mlp}.gate_proj"] = linears[f"{mlp}.up_proj"] = (
+                intermediate,
+                hidden,
+            )
+            linears[f"{mlp}.down_proj"] = (hidden, intermediate)
+        return linears
+
+    def mlps(self) -> list[str]:
+        """The MLP of a layer, or its experts, by name after ``model.layers.N.``."""
+        if not self.num_experts:
+            return ["mlp"]
+        return [f"mlp.experts.{expert}" for expert in range(self.num_experts)]
 
 
 def check_scheme(shape: ModelShape, scheme: Scheme, source: str) -> None:

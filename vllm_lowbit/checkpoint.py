@@ -32,6 +32,7 @@ class TensorSpec:
         values: all it may hold, None for anything.
         meaning: of those values, for the error.
         optional: whether it may be missing.
+        unseen: whether no layer method of ours will see it.
     """
 
     dtypes: tuple[str, ...]
@@ -39,6 +40,7 @@ class TensorSpec:
     values: torch.Tensor | None = field(default=None, compare=False)
     meaning: str = ""
     optional: bool = False
+    unseen: bool = False
 
 
 def check_plain_checkpoint(model: str, shape: ModelShape) -> None:
@@ -49,7 +51,8 @@ def check_plain_checkpoint(model: str, shape: ModelShape) -> None:
             embedding, and rotary buffers of old checkpoints, may be there.
     """
     expected = {
-        name: TensorSpec(FLOATS, size) for name, size in shape.plain_tensors().items()
+        name: TensorSpec(FLOATS, size, unseen=shape.is_router(name))
+        for name, size in shape.plain_tensors().items()
     }
     check_tensors(Path(model), expected, partial(may_be_there, shape))
 
@@ -67,9 +70,9 @@ def check_tensors(
 ) -> None:
     """Check that a checkpoint's files hold exactly the tensors they should.
 
-    Names, shapes and dtypes come from the safetensors headers; one-dimensional
-    tensors (norms and biases, which no layer method of ours sees) are also read and
-    checked to be finite.
+    Names, shapes and dtypes come from the safetensors headers; tensors that no layer
+    method of ours sees (norms, biases, routers) are also read and checked to be
+    finite.
 
     Args:
         directory: where the files are.
@@ -178,7 +181,7 @@ def _check_tensor(file: safe_open, path: Path, name: str, spec: TensorSpec) -> N
             f"{path}: tensor {name} has dtype {header.get_dtype()}, supported: "
             + ", ".join(spec.dtypes)
         )
-    if len(spec.shape) != 1:
+    if len(spec.shape) != 1 and not spec.unseen:
         return
     tensor = file.get_tensor(name)
     check_finite(tensor, f"{name} of {path}")

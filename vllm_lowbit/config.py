@@ -10,7 +10,9 @@ import torch
 from huggingface_hub import snapshot_download
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -194,6 +196,10 @@ class LowbitQuantizationConfig(QuantizationConfig):
         plain = self.stored is None
         if isinstance(layer, ParallelLMHead | VocabParallelEmbedding):
             return vocabulary_method(self.resolved, plain, prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        if isinstance(layer, GateLinear):
+            return UnquantizedLinearMethod()
         if isinstance(layer, LinearBase):
             if isinstance(self.stored, ForeignFormat):
                 return TakeoverLinearMethod(self.resolved, prefix, self.stored)
@@ -207,8 +213,18 @@ class LowbitQuantizationConfig(QuantizationConfig):
             return KV4CacheMethod(self, self.resolved)
         raise UnsupportedError(
             f"layer {prefix} of type {type(layer).__name__} has no lowbit method; "
-            "supported: linears, attention and the vocabulary embedding"
+            "supported: linears, experts, attention and the vocabulary embedding"
         )
+
+    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
+        from .experts_checkpoint import CheckpointExpertsMethod
+        from .experts_load_time import LoadTimeExpertsMethod
+
+        if self._verification is not None:
+            return CheckpointExpertsMethod(
+                self.resolved, layer.moe_config, prefix, self._verification
+            )
+        return LoadTimeExpertsMethod(self.resolved, layer.moe_config, prefix)
 
     def _check_engine(self) -> None:
         if self._checked_engine:

@@ -14,11 +14,15 @@ from .load_time import FUSED, activation_grid, check_finite, rotations_of
 from .schema import LowbitConfig, Rotation
 
 
-class LowbitLinearMethod(LinearMethodBase):
-    """One linear, fused or not; subclasses create and load its weights.
+class LinearRole:
+    """What runs in a linear by its place in the model.
 
-    On the layer once it is loaded: the weight in the form of the backend (see
-    ``linear_kernels``), and ``input_scale`` float32 ``[k]`` or None.
+    Args:
+        config: what the model runs.
+        prefix: name of the layer, the last part of which is its role.
+
+    Raises:
+        UnsupportedError: for a role that is not known.
     """
 
     def __init__(self, config: LowbitConfig, prefix: str) -> None:
@@ -35,37 +39,30 @@ class LowbitLinearMethod(LinearMethodBase):
         self.grid = IntGrid(self.scheme.weights.bits, self.scheme.weights.symmetric)
         self.activation_grid = activation_grid(self.scheme)
         self.weight_only = self.activation_grid is None
+        self.backend = ""
 
-    @property
-    def _part_names(self) -> list[str]:
-        """Names in the checkpoint of the linears that are stacked in this one."""
-        block = self.prefix.rpartition(".")[0]
-        return [f"{block}.{part}" for part in FUSED[self.role]]
-
-    def _prepare_layer(self, inputs: int, output_sizes: list[int]) -> None:
-        """Check the shapes of the layer and choose its backend.
+    def prepare(self, inputs: int, outputs: int, operator: str) -> LinearSpec:
+        """Check the shapes of a shard and choose its backend.
 
         Args:
             inputs: of this shard.
-            output_sizes: rows of each part in this shard.
+            outputs: of this shard.
+            operator: that multiplies.
 
         Raises:
             UnsupportedError: when a rotation or group does not divide the shard, or
                 no backend runs the scheme here.
         """
         self._check_shard(inputs)
-        self.backend = self._select_backend()
-        self.output_sizes = output_sizes
+        self.backend = self._select_backend(operator)
         rotation = self.input_rotation
-        self.kernel = KERNELS[self.backend](
-            LinearSpec(
-                sum(output_sizes),
-                inputs,
-                self.grid,
-                self.activation_grid,
-                1 if rotation is None else rotation.order,
-                1 if rotation is None else rotation.stride,
-            )
+        return LinearSpec(
+            outputs,
+            inputs,
+            self.grid,
+            self.activation_grid,
+            1 if rotation is None else rotation.order,
+            1 if rotation is None else rotation.stride,
         )
 
     def _check_shard(self, size: int) -> None:
@@ -82,8 +79,7 @@ class LowbitLinearMethod(LinearMethodBase):
                 f"group_size {group_size}"
             )
 
-    def _select_backend(self) -> str:
-        operator = "linear_wna16" if self.weight_only else "linear_w4a4"
+    def _select_backend(self, operator: str) -> str:
         case = {
             "weight_bits": self.scheme.weights.bits,
             "activation_bits": self.scheme.activations.bits,
@@ -93,6 +89,32 @@ class LowbitLinearMethod(LinearMethodBase):
             return dispatch.select(operator, device, **case).backend
         except ValueError as error:
             raise UnsupportedError(f"linear {self.prefix}: {error}") from None
+
+
+class LowbitLinearMethod(LinearRole, LinearMethodBase):
+    """One linear, fused or not; subclasses create and load its weights.
+
+    On the layer once it is loaded: the weight in the form of the backend (see
+    ``linear_kernels``), and ``input_scale`` float32 ``[k]`` or None.
+    """
+
+    @property
+    def _part_names(self) -> list[str]:
+        """Names in the checkpoint of the linears that are stacked in this one."""
+        block = self.prefix.rpartition(".")[0]
+        return [f"{block}.{part}" for part in FUSED[self.role]]
+
+    def _prepare_layer(self, inputs: int, output_sizes: list[int]) -> None:
+        """As :meth:`LinearRole.prepare`.
+
+        Args:
+            inputs: of this shard.
+            output_sizes: rows of each part in this shard.
+        """
+        operator = "linear_wna16" if self.weight_only else "linear_w4a4"
+        spec = self.prepare(inputs, sum(output_sizes), operator)
+        self.output_sizes = output_sizes
+        self.kernel = KERNELS[self.backend](spec)
 
     def _check_finite(self, tensor: torch.Tensor, kind: str) -> None:
         """Raise CheckpointError naming the part whose rows hold an Inf or NaN."""

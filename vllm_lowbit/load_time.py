@@ -158,6 +158,7 @@ def quantize_linear(
     sizes: Sequence[int],
     parts: Sequence[LinearRotations],
     weights: Weights,
+    input_scale: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Fold and quantize a linear of a plain checkpoint, fused or not.
 
@@ -166,13 +167,12 @@ def quantize_linear(
         sizes: rows of each part.
         parts: transforms of each; they share the online input transform.
         weights: the grid.
+        input_scale: float32 ``[k]``, where other linears read the same input; None
+            takes the weight's own.
     """
     n, k = weight.shape
-    online = parts[0].online_input
-    scaled = online is not None and online.scaled
-    input_scale = None
-    if scaled:
-        input_scale = equalizing_scale(weight, parts[0].folded_input)
+    if input_scale is None:
+        input_scale = _own_scale(weight, parts[0])
     grid = IntGrid(weights.bits, weights.symmetric)
     groups = 1 if weights.group_size is None else k // weights.group_size
     codes = weight.new_empty(n, k, dtype=torch.int8)
@@ -193,6 +193,46 @@ def quantize_linear(
     return QuantizedWeight(
         codes, scale, None if weights.symmetric else zero_point, input_scale
     )
+
+
+def quantize_experts(
+    weight: torch.Tensor, around: LinearRotations, weights: Weights, shared: bool
+) -> QuantizedWeight:
+    """Fold and quantize a linear of every expert of a plain checkpoint.
+
+    Args:
+        weight: ``[experts, n, k]``.
+        around: transforms of each.
+        weights: the grid.
+        shared: whether all experts read the same input, and so share its scale.
+
+    Returns:
+        codes, scales and zero points with a first dimension of experts; input_scale
+        ``[k]`` where it is shared, else ``[experts, k]``.
+    """
+    rows = [weight.shape[1]]
+    common = _own_scale(weight.flatten(0, 1), around) if shared else None
+    each = [quantize_linear(one, rows, [around], weights, common) for one in weight]
+    return QuantizedWeight(
+        torch.stack([one.codes for one in each]),
+        torch.stack([one.scale for one in each]),
+        _stacked([one.zero_point for one in each]),
+        common if shared else _stacked([one.input_scale for one in each]),
+    )
+
+
+def _own_scale(weight: torch.Tensor, around: LinearRotations) -> torch.Tensor | None:
+    """Of a weight's input, where its online transform is a scaled one."""
+    online = around.online_input
+    if online is None or not online.scaled:
+        return None
+    return equalizing_scale(weight, around.folded_input)
+
+
+def _stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """All of them, or None where there are none."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
 
 
 def activation_grid(scheme: Scheme) -> IntGrid | None:

@@ -11,10 +11,10 @@ split into ``q_proj``, ``k_proj`` and so on, and that a quantized matrix ``X.wei
 * ``X.weight_scale``: float32 ``[n, groups]``;
 * ``X.weight_zero_point``: int8 ``[n, groups]``, asymmetric weights only.
 
-All transforms are folded in. Norms, biases and a 16-bit vocabulary keep the dtype of
-the base model. Where the residual rotation is online (tied embeddings) the final norm's
-weight is 1, and what it was is ``lm_head.input_scale``, float32 ``[hidden]``, applied
-after the rotation is undone.
+All transforms are folded in. Norms, biases, routers and a 16-bit vocabulary keep the
+dtype of the base model. Where the residual rotation is online (tied embeddings) the
+final norm's weight is 1, and what it was is ``lm_head.input_scale``, float32
+``[hidden]``, applied after the rotation is undone.
 """
 
 from collections.abc import Mapping
@@ -66,10 +66,13 @@ def expected_tensors(shape: ModelShape, config: LowbitConfig) -> dict[str, Tenso
     for name, size in shape.tensors().items():
         module = name.removesuffix(".weight")
         vocabulary = module in ("model.embed_tokens", "lm_head")
-        if len(size) == 1 or (vocabulary and config.scheme.vocab_bits == 16):
-            tensors[name] = TensorSpec(FLOATS, size)
+        stored = shape.stored(name)
+        router = shape.is_router(stored)
+        if len(size) == 1 or router or (vocabulary and config.scheme.vocab_bits == 16):
+            tensors[stored] = TensorSpec(FLOATS, size, unseen=router)
         else:
             grid = VOCABULARY if vocabulary else config.scheme.weights
+            module = stored.removesuffix(".weight")
             tensors |= quantized_tensors(module, size[0], size[1], grid)
     if residual_is_online(config):
         tensors[HEAD_SCALE] = TensorSpec(("F32",), (shape.hidden_size,))

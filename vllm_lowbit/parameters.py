@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,29 @@ def create_float(
     )
     set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **attributes})
     layer.register_parameter("weight", weight)
+    initialize_online_processing(layer)
+
+
+def create_float_experts(
+    layer: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    attributes: Mapping[str, Any],
+) -> None:
+    """Declare the weights of experts on the meta device, as :func:`create_float`.
+
+    Args:
+        layer: module that gets the parameters.
+        shapes: of each by its name, ``[experts, n, k]``.
+        dtype: of the model.
+        attributes: vLLM's, among them the weight loader.
+    """
+    for name, shape in shapes.items():
+        weight = Parameter(
+            torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
+        )
+        set_weight_attrs(weight, attributes)
+        layer.register_parameter(name, weight)
     initialize_online_processing(layer)
 
 
@@ -110,11 +134,92 @@ def create_packed(
         layer.register_parameter(kind, parameter)
 
 
-def take_packed(layer: Any) -> PackedWeight:
-    """Remove the tensors of :func:`create_packed` from the layer and return them."""
-    packed, scale = layer.weight_packed.data, layer.weight_scale.data
-    zero_point = getattr(layer, "weight_zero_point", None)
-    for name in ("weight_packed", "weight_scale", "weight_zero_point"):
-        if hasattr(layer, name):
-            delattr(layer, name)
-    return PackedWeight(packed, scale, None if zero_point is None else zero_point.data)
+@dataclass(frozen=True)
+class ExpertShard:
+    """Which part of every expert this worker holds.
+
+    Attributes:
+        intermediate: of the intermediate size, how much.
+        rank: of the worker.
+    """
+
+    intermediate: int
+    rank: int
+
+    def load(
+        self,
+        param: Any,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool:
+        """Take this worker's part of one tensor of one expert; vLLM's weight loader.
+
+        Args:
+            param: ``[experts, ...]``, of :func:`create_packed_experts`.
+            loaded_weight: the tensor of the checkpoint.
+            weight_name: of it.
+            shard_id: ``w1`` for gate, ``w3`` for up, ``w2`` for down.
+            expert_id: of the expert.
+            return_success: has no effect; a tensor that does not fit raises.
+        """
+        part = param.data[expert_id]
+        if shard_id == "w2":
+            start = self.rank * part.shape[1] if param.sharded else 0
+            part.copy_(loaded_weight[:, start : start + part.shape[1]])
+        else:
+            first = 0 if shard_id == "w1" else self.intermediate
+            start = self.rank * self.intermediate
+            part[first : first + self.intermediate].copy_(
+                loaded_weight[start : start + self.intermediate]
+            )
+        return True
+
+
+def create_packed_experts(
+    layer: Any,
+    name: str,
+    shape: tuple[int, int, int],
+    weights: Weights,
+    shard: ExpertShard,
+) -> None:
+    """Declare the tensors of the packed weights of experts.
+
+    Args:
+        layer: module that gets the parameters.
+        name: of the linear, before the names of its parameters.
+        shape: of the weights, ``(experts, n, k)``.
+        weights: their grid.
+        shard: what of them is loaded.
+    """
+    experts, n, k = shape
+    for full, spec in quantized_tensors("layer", n, k, weights).items():
+        kind = full.rpartition(".")[2]
+        dtype, unloaded = _UNLOADED[spec.dtypes[0]]
+        parameter = Parameter(
+            torch.full((experts, *spec.shape), unloaded, dtype=dtype),
+            requires_grad=False,
+        )
+        sharded = kind == "weight_packed" or weights.group_size is not None
+        set_weight_attrs(parameter, {"sharded": sharded, "weight_loader": shard.load})
+        layer.register_parameter(f"{name}_{kind}", parameter)
+
+
+def take_packed(layer: Any, prefix: str = "") -> PackedWeight:
+    """Remove the tensors of a packed weight from the layer and return them.
+
+    Args:
+        layer: that has them.
+        prefix: of their names.
+    """
+    tensors = []
+    for kind in ("weight_packed", "weight_scale", "weight_zero_point"):
+        parameter = getattr(layer, prefix + kind, None)
+        tensors.append(None if parameter is None else parameter.data)
+        if parameter is not None:
+            delattr(layer, prefix + kind)
+    packed, scale, zero_point = tensors
+    assert packed is not None and scale is not None
+    return PackedWeight(packed, scale, zero_point)

@@ -2,8 +2,9 @@
 """The supported architectures, and what of their configs is not computed.
 
 All are one decoder: RMSNorm, RoPE over whole heads in the half-split layout, grouped
-query attention and a SiLU-gated MLP, with a norm before each of the two. The table says
-in what each differs. Neither vLLM nor transformers is needed to read it.
+query attention and a SiLU-gated MLP or a mixture of them, with a norm before each of
+the two. The table says in what each differs. Neither vLLM nor transformers is needed to
+read it.
 """
 
 import math
@@ -17,6 +18,24 @@ from .schema import shorten
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of every MLP; a token's weights are a softmax.
+
+    Attributes:
+        count: key of the config with their number, or what transformers makes of it.
+        size: key with the intermediate size of one.
+        renormalize: key that says whether the weights of a token's experts are scaled
+            to a sum of one; None where they always are.
+        names: of modules as they are here, and in files.
+    """
+
+    count: tuple[str, ...]
+    size: str
+    renormalize: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,7 @@ class Architecture:
         whole_heads: whether the heads have to share hidden_size evenly.
         defaults: what keys mean that are not in config.json, where a null means
             something else.
+        experts: what stands in place of the MLP; None is the MLP.
     """
 
     name: str
@@ -50,6 +70,7 @@ class Architecture:
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     whole_heads: bool = False
     defaults: Mapping[str, int] = field(default_factory=dict, hash=False)
+    experts: Experts | None = None
 
 
 LLAMA = Architecture(
@@ -95,6 +116,33 @@ ARCHITECTURES = {
             # by the longest a server allows in vLLM.
             rope_types=("default",),
         ),
+        Architecture(
+            name="MixtralForCausalLM",
+            model_type="mixtral",
+            defaults={"num_key_value_heads": 8, "num_experts_per_tok": 2},
+            experts=Experts(
+                count=("num_local_experts",),
+                size="intermediate_size",
+                names={
+                    ".mlp.": ".block_sparse_moe.",
+                    ".gate_proj.": ".w1.",
+                    ".up_proj.": ".w3.",
+                    ".down_proj.": ".w2.",
+                },
+            ),
+        ),
+        Architecture(
+            name="Qwen3MoeForCausalLM",
+            model_type="qwen3_moe",
+            qk_norm=True,
+            window="switched off",
+            defaults={"num_key_value_heads": 4, "num_experts_per_tok": 8},
+            experts=Experts(
+                count=("num_experts", "num_local_experts"),
+                size="moe_intermediate_size",
+                renormalize="norm_topk_prob",
+            ),
+        ),
     )
 }
 
@@ -116,6 +164,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "rotary_pct": (1.0,),
     "rotary_emb_fraction": (1.0,),
     "rotary_emb_base": (),
+    # Of mixtures of experts.
+    "mlp_only_layers": ([],),
+    "decoder_sparse_step": (1,),
+    "shared_expert_intermediate_size": (0,),
 }
 _BIAS_KEYS = ("attention_bias", "mlp_bias")
 _COMMON_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")

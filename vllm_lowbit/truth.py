@@ -12,14 +12,14 @@ from .lowbit_checkpoint import residual_is_online
 from .schema import LowbitConfig, Rotation, clipped
 
 if TYPE_CHECKING:
-    from .linear import LowbitLinearMethod
+    from .linear import LinearRole
 
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = logging.getLogger("vllm.lowbit")
 _logged: set[str] = set()
 
 
-def linear_ready(method: "LowbitLinearMethod", taken_over: str | None = None) -> None:
+def linear_ready(method: "LinearRole", taken_over: str | None = None) -> None:
     """Log the class of a quantized linear, once per process.
 
     Args:
@@ -40,7 +40,7 @@ def linear_ready(method: "LowbitLinearMethod", taken_over: str | None = None) ->
         f"per token{clipped(scheme.activations.clip_ratio)}"
     )
     _log_once(
-        f"{method.role}: weights {weights}, activations {activations}, "
+        f"{_class(method)}: weights {weights}, activations {activations}, "
         f"{_rotation(method.input_rotation)}, backend {method.backend}"
         + ("" if taken_over is None else f", taken over from {taken_over}")
     )
@@ -78,6 +78,11 @@ def rotation_summary(config: LowbitConfig) -> str:
         if isinstance(rotation, Rotation)
     }
     return ",".join(f"{name}:{rotation.apply}" for name, rotation in names.items())
+
+
+def _class(method: "LinearRole") -> str:
+    of_experts = method.prefix.endswith(f".experts.{method.role}")
+    return f"experts {method.role}" if of_experts else method.role
 
 
 def _kind(symmetric: bool) -> str:

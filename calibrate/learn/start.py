@@ -11,7 +11,7 @@ from ...kernels.hadamard.signs import random_signs
 from ..equalize import up_scale, value_scale
 from ..plan import Transforms
 from ..recipe import Recipe
-from ..transforms import NORMS, SignedHadamard, scale_shapes
+from ..transforms import SignedHadamard, norm_readers, scale_shapes
 from .parameters import Parameters, Tensors
 from .teacher import Teacher
 
@@ -81,7 +81,7 @@ def _residual(
     readers = (
         weights[f"{name}.weight"] * weights[f"{norm}.weight"]
         for weights in layers
-        for norm, names in NORMS.items()
+        for norm, names in norm_readers(shape).items()
         for name in names
     )
     return _rotation(recipe, shape.hidden_size, recipe.seed, readers)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_lowbit.kernels import ops
 from vllm_lowbit.kernels.grid import IntGrid
+from vllm_lowbit.kernels.linear_experts.routing import by_expert
 from vllm_lowbit.kernels.linear_w4a4.cpu import pack, unpack_rows
 
 Arguments = tuple[Any, ...]
@@ -22,6 +23,8 @@ NAMES = (
     "linear_w4a4",
     "linear_wna16",
     "linear_packed",
+    "linear_experts_generic",
+    "linear_experts_packed",
     "kv4_store",
     "kv4_attention",
     "kv4_attention_out",
@@ -49,6 +52,21 @@ def packed_operands(
     zero_point = None if symmetric else torch.randint(-8, 8, (24, 2))
     weight = pack(codes, torch.rand(24, 2), zero_point, 4)
     return 64, 1, bits, False, *weight, bias, 24, 4, dtype
+
+
+def routed() -> Arguments:
+    """Five tokens, each sent to two of three experts."""
+    routing = by_expert(torch.rand(5, 3).topk(2)[1], 3)
+    return routing.rows, routing.offsets
+
+
+def packed_experts(symmetric: bool, dtype: torch.dtype) -> Arguments:
+    """Packed weights of three experts and what follows them."""
+    *_, w, scale, zero, total, _, n, bits, dtype = packed_operands(
+        4, symmetric, None, dtype
+    )
+    stacked = [None if t is None else torch.stack([t] * 3) for t in (w, scale, zero)]
+    return *stacked, torch.stack([total] * 3), n, bits, dtype
 
 
 def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
@@ -99,6 +117,20 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
                 input_scale,
                 *packed_operands(16, True, torch.randn(24), torch.float32),
             ),
+        ],
+        "linear_experts_generic": [
+            (activations(bf16), *routed(), scale, 64, 1, bits, False)
+            + (weight.expand(3, -1, -1).clone(), torch.rand(3, 24, 2), 7, bf16)
+            for scale, bits in ((input_scale, 4), (None, 16), (torch.rand(3, 128), 8))
+        ],
+        "linear_experts_packed": [
+            (activations(dtype), *routed(), scale, 64, 1, bits, False)
+            + packed_experts(symmetric, dtype)
+            for scale, bits, symmetric, dtype in (
+                (input_scale, 4, True, bf16),
+                (None, 16, False, torch.float32),
+                (torch.rand(3, 128) + 0.5, 8, False, fp16),
+            )
         ],
         "kv4_store": [
             (key, key, cache, torch.tensor([3, -1, 30]), True),

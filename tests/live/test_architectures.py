@@ -25,13 +25,33 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "Qwen2ForCausalLM", "hidden_size": 256},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
     "phi3": {"architecture": "Phi3ForCausalLM", "bos_token_id": 1, "eos_token_id": 2},
+    "mixtral": {"architecture": "MixtralForCausalLM", "num_local_experts": 4},
+    "qwen3_moe": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+    },
 }
 # Every transform, the scales of queries and keys among them.
-RECIPE = {
+LEARNED: dict[str, Any] = {
     "transforms": {"value": "learned", "scales": "learned"},
     "learn": {"steps": 3, "tokens_per_step": 64, "scale_lr": 0.1},
     "weights": {"method": "gptq"},
     "data": {"samples": 8, "seq_len": 64},
+}
+# Every transform that a mixture of experts has.
+FIXED = {
+    "transforms": {
+        "residual": "hadamard",
+        "value": "hadamard",
+        "key": "hadamard",
+        "down_input": "hadamard",
+        "equalize": True,
+    },
+    "weights": {"method": "gptaq", "act_order": True},
+    "data": LEARNED["data"],
 }
 
 
@@ -107,7 +127,9 @@ def test_calibrated(
     check: Any, served_checkpoint: Any, plain: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    calibrate(str(plain), out, Recipe.model_validate(RECIPE), default_text(), "cpu")
+    config = json.loads((plain / "config.json").read_text())
+    recipe = FIXED if "num_experts_per_tok" in config else LEARNED
+    calibrate(str(plain), out, Recipe.model_validate(recipe), default_text(), "cpu")
     check(served_checkpoint(out), out, quantization=None)
 
 

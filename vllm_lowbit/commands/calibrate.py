@@ -100,6 +100,11 @@ def calibrate(
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
+    if report.untouched_experts:
+        print(
+            f"{report.untouched_experts} experts saw no token of {text.name}: their "
+            "weights are rounded to nearest; more --samples may reach them"
+        )
     plain, quantized = (
         math.exp(loss) for loss in (report.held_out.plain, report.held_out.quantized)
     )

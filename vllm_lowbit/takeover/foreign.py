@@ -169,8 +169,14 @@ class ForeignFormat(ABC):
         """What the server runs: this scheme, without rotations.
 
         Raises:
-            UnsupportedError: where it does not fit the model's sizes.
+            UnsupportedError: where it does not fit the model's sizes, or the model is
+                a mixture of experts.
         """
+        if shape.num_experts:
+            raise UnsupportedError(
+                f"{source}: {shape.architecture.name} quantized by {self.name} is not "
+                "supported; of mixtures of experts plain and lowbit checkpoints are"
+            )
         check_scheme(shape, self.scheme, source)
         # No rotation ties shards together; heads are never cut.
         parallel = min(shape.num_heads, _LARGEST_PARALLEL)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend keeps of the linears of all experts, and how it multiplies."""
+
+from typing import Any, Protocol
+
+import torch
+from torch.nn import Parameter
+
+from .kernels import ops as _ops  # noqa: F401 (registers torch.ops.lowbit)
+from .kernels.linear_experts.routing import Routing
+from .kernels.linear_w4a4.cpu import pack
+from .kernels.linear_w4a4.generic import prepare
+from .linear_kernels import LinearSpec
+
+
+class ExpertsKernel(Protocol):
+    """One backend's way with one linear of every expert."""
+
+    def keep(
+        self,
+        layer: Any,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+    ) -> None:
+        """Put the weights on the layer in the form the backend reads.
+
+        Args:
+            layer: module that gets the parameters.
+            codes: int8 ``[experts, n, k]``.
+            scale: float32 ``[experts, n, groups]``.
+            zero_point: integer ``[experts, n, groups]``, None when symmetric.
+        """
+
+    def multiply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        routing: Routing,
+        input_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``[pairs, n]`` of ``x [tokens, k]``, transformed and quantized.
+
+        Args:
+            layer: of :meth:`keep`.
+            x: the tokens, in the dtype of the result.
+            rows: int64 ``[pairs]``, the token of each pair.
+            routing: of the pairs.
+            input_scale: float32 ``[k]`` or ``[experts, k]``, or None.
+        """
+
+
+class GenericExperts:
+    """int8 codes, one byte each.
+
+    Args:
+        spec: of one expert's linear.
+        name: of the linear, before the names of its parameters.
+    """
+
+    def __init__(self, spec: LinearSpec, name: str) -> None:
+        self.spec, self.name = spec, name
+
+    def keep(
+        self,
+        layer: Any,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+    ) -> None:
+        zero = None if zero_point is None else zero_point.flatten(0, 1)
+        weight = prepare(codes.flatten(0, 1), zero).view(codes.shape)
+        _set(layer, self.name, {"weight": weight, "weight_scale": scale})
+
+    def multiply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        routing: Routing,
+        input_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        spec, grid = self.spec, self.spec.activations
+        return torch.ops.lowbit.linear_experts_generic(
+            x,
+            rows,
+            routing.offsets,
+            input_scale,
+            spec.order,
+            spec.stride,
+            16 if grid is None else grid.bits,
+            grid is not None and grid.symmetric,
+            getattr(layer, f"{self.name}_weight"),
+            getattr(layer, f"{self.name}_weight_scale"),
+            spec.weights.max_difference,
+            x.dtype,
+            1.0 if grid is None else grid.clip_ratio,
+        )
+
+
+class CpuExperts:
+    """Packed codes, as the compiled kernels read them; arguments as GenericExperts."""
+
+    def __init__(self, spec: LinearSpec, name: str) -> None:
+        self.spec, self.name = spec, name
+
+    def keep(
+        self,
+        layer: Any,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+    ) -> None:
+        kept: dict[str, torch.Tensor] = {}
+        for expert in range(len(codes)):
+            zero = None if zero_point is None else zero_point[expert]
+            bits = self.spec.weights.bits
+            packed = pack(codes[expert], scale[expert], zero, bits)
+            for field, tensor in packed._asdict().items():
+                if tensor is None:
+                    continue
+                name = "weight" if field == "weight" else f"weight_{field}"
+                if name not in kept:
+                    kept[name] = tensor.new_empty(len(codes), *tensor.shape)
+                kept[name][expert] = tensor
+        _set(layer, self.name, kept)
+
+    def multiply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        routing: Routing,
+        input_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        spec, grid = self.spec, self.spec.activations
+        return torch.ops.lowbit.linear_experts_packed(
+            x,
+            rows,
+            routing.offsets,
+            input_scale,
+            spec.order,
+            spec.stride,
+            16 if grid is None else grid.bits,
+            grid is not None and grid.symmetric,
+            getattr(layer, f"{self.name}_weight"),
+            getattr(layer, f"{self.name}_weight_scale"),
+            getattr(layer, f"{self.name}_weight_zero", None),
+            getattr(layer, f"{self.name}_weight_sum"),
+            spec.n,
+            spec.weights.bits,
+            x.dtype,
+            1.0 if grid is None else grid.clip_ratio,
+        )
+
+
+EXPERT_KERNELS: dict[str, type[GenericExperts] | type[CpuExperts]] = {
+    "generic": GenericExperts,
+    "cpu": CpuExperts,
+}
+
+
+def _set(layer: Any, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    for kind, tensor in tensors.items():
+        if hasattr(layer, f"{name}_{kind}"):
+            delattr(layer, f"{name}_{kind}")
+        parameter = Parameter(tensor, requires_grad=False)
+        layer.register_parameter(f"{name}_{kind}", parameter)
