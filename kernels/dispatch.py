@@ -95,6 +95,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_wna16", "triton", ("cuda",), _triton(_weight_bits)),
     Row("linear_wna16", "generic", ("cpu",), _weight_bits),
     Row("linear_experts", "cpu", ("cpu",), _compiled(_expert_bits)),
+    Row("linear_experts", "triton", ("cuda",), _triton(_expert_bits)),
     Row("linear_experts", "generic", ("cpu",), _expert_bits),
     Row("linear_tiled", "cpu", ("cpu",), _compiled(_any)),
     Row("linear_tiled", "generic", ("cpu",), _any),

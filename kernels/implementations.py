@@ -39,6 +39,7 @@ def on_call(path: str) -> Callable[..., Any]:
 
 
 QUANTIZE = "hadamard_quantize.triton"
+EXPERTS = "linear_experts.triton"
 # Linears of the backends take weights of different form: the compiled ones are both
 # linear_packed.
 IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -55,6 +56,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("linear_wna16", "triton"): on_call("linear_wna16.triton.linear_wna16"),
     ("linear_wna16", "generic"): linear_wna16,
     ("linear_experts", "cpu"): linear_experts_packed,
+    ("linear_experts", "triton"): on_call(f"{EXPERTS}.linear_experts_w4a4"),
     ("linear_experts", "generic"): linear_experts_generic,
     ("linear_tiled", "cpu"): tiled_cpu.linear_tiled,
     ("linear_tiled", "generic"): tiled_generic.linear_tiled,

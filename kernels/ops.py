@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from .hadamard_quantize import reference as quantize_reference
-from .implementations import IMPLEMENTATIONS, QUANTIZE, implementation, on_call
+from .implementations import (
+    EXPERTS,
+    IMPLEMENTATIONS,
+    QUANTIZE,
+    implementation,
+    on_call,
+)
 from .linear_experts.cpu import linear_experts_generic, linear_experts_packed
 from .linear_packed.cpu import linear_packed
 from .linear_w4a4.generic import linear_w4a4
@@ -146,7 +152,7 @@ _register(
     linear_experts_packed,
     _linear_experts_packed_out,
 )
-# Weights of these two are in the form of gpu/weights.py.
+# Weights of these four are in the form of gpu/weights.py.
 _register(
     "gpu_linear_w4a4(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight,"
     " Tensor weight_scale, Tensor? weight_zero, Tensor weight_sum, Tensor? bias,"
@@ -162,6 +168,24 @@ _register(
     " -> Tensor",
     IMPLEMENTATIONS["linear_wna16", "triton"],
     lambda x, weight, *rest: _linear_out(x, weight, rest[-1]),
+)
+_register(
+    "gpu_linear_experts_w4a4(Tensor codes, Tensor scale, Tensor? zero_point,"
+    " Tensor rows, Tensor offsets, Tensor weight, Tensor weight_scale,"
+    " Tensor? weight_zero, Tensor weight_sum, ScalarType out_dtype) -> Tensor",
+    on_call(f"{EXPERTS}.linear_experts_w4a4"),
+    lambda codes, scale, zero_point, rows, offsets, weight, *rest: codes.new_empty(
+        (rows.shape[0], weight.shape[1]), dtype=rest[-1]
+    ),
+)
+_register(
+    "gpu_linear_experts_wna16(Tensor x, Tensor rows, Tensor offsets, Tensor weight,"
+    " Tensor weight_scale, Tensor? weight_zero, int weight_bits,"
+    " ScalarType out_dtype) -> Tensor",
+    on_call(f"{EXPERTS}.linear_experts_wna16"),
+    lambda x, rows, offsets, weight, *rest: x.new_empty(
+        (rows.shape[0], weight.shape[1]), dtype=rest[-1]
+    ),
 )
 _register(
     "kv4_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping,"

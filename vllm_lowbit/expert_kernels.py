@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a backend keeps of the linears of all experts, and how it multiplies."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch.nn import Parameter
 
 from .kernels import ops as _ops  # noqa: F401 (registers torch.ops.lowbit)
+from .kernels.gpu import weights as gpu_weights
 from .kernels.linear_experts.routing import Routing
-from .kernels.linear_w4a4.cpu import pack
+from .kernels.linear_w4a4.cpu import PackedWeight, pack
 from .kernels.linear_w4a4.generic import prepare
-from .linear_kernels import LinearSpec
+from .linear_kernels import LinearSpec, quantized
 
 
 class ExpertsKernel(Protocol):
@@ -112,19 +114,11 @@ class CpuExperts:
         scale: torch.Tensor,
         zero_point: torch.Tensor | None,
     ) -> None:
-        kept: dict[str, torch.Tensor] = {}
-        for expert in range(len(codes)):
+        def packed(expert: int) -> PackedWeight:
             zero = None if zero_point is None else zero_point[expert]
-            bits = self.spec.weights.bits
-            packed = pack(codes[expert], scale[expert], zero, bits)
-            for field, tensor in packed._asdict().items():
-                if tensor is None:
-                    continue
-                name = "weight" if field == "weight" else f"weight_{field}"
-                if name not in kept:
-                    kept[name] = tensor.new_empty(len(codes), *tensor.shape)
-                kept[name][expert] = tensor
-        _set(layer, self.name, kept)
+            return pack(codes[expert], scale[expert], zero, self.spec.weights.bits)
+
+        _set(layer, self.name, _stacked(packed, len(codes)))
 
     def multiply(
         self,
@@ -155,10 +149,102 @@ class CpuExperts:
         )
 
 
-EXPERT_KERNELS: dict[str, type[GenericExperts] | type[CpuExperts]] = {
+class TritonExperts:
+    """Packed codes, as the GPU kernels read them; arguments as GenericExperts."""
+
+    def __init__(self, spec: LinearSpec, name: str) -> None:
+        self.spec, self.name = spec, name
+        self.widen = spec.activations is not None
+
+    def keep(
+        self,
+        layer: Any,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+    ) -> None:
+        def packed(expert: int) -> gpu_weights.GpuWeight:
+            zero = None if zero_point is None else zero_point[expert]
+            return gpu_weights.pack(
+                codes[expert],
+                scale[expert],
+                zero,
+                self.spec.weights.bits,
+                widen=self.widen,
+            )
+
+        _set(layer, self.name, _stacked(packed, len(codes)))
+
+    def multiply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        routing: Routing,
+        input_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        spec, grid, dtype = self.spec, self.spec.activations, x.dtype
+        if input_scale is not None and input_scale.dim() == 2:
+            # Each pair on its own, as no two experts read the same input.
+            pairs = torch.arange(rows.shape[0], device=x.device)
+            experts = torch.searchsorted(routing.offsets[1:], pairs, right=True)
+            x = x[rows].float() * input_scale[experts]
+            rows, input_scale = pairs, None
+        weight, scale, zero, total = (
+            getattr(layer, f"{self.name}_{kind}", None)
+            for kind in ("weight", "weight_scale", "weight_zero", "weight_sum")
+        )
+        if grid is None:
+            if spec.order > 1 or input_scale is not None:
+                x = torch.ops.lowbit.hadamard(x, input_scale, spec.order, spec.stride)
+            return torch.ops.lowbit.gpu_linear_experts_wna16(
+                x.to(dtype),
+                rows,
+                routing.offsets,
+                weight,
+                scale,
+                zero,
+                spec.weights.bits,
+                dtype,
+            )
+        codes, x_scale, zero_point = quantized(spec, grid, x, input_scale)
+        return torch.ops.lowbit.gpu_linear_experts_w4a4(
+            codes,
+            x_scale,
+            None if grid.symmetric else zero_point,
+            rows,
+            routing.offsets,
+            weight,
+            scale,
+            zero,
+            total,
+            dtype,
+        )
+
+
+EXPERT_KERNELS: dict[
+    str, type[GenericExperts] | type[CpuExperts] | type[TritonExperts]
+] = {
     "generic": GenericExperts,
     "cpu": CpuExperts,
+    "triton": TritonExperts,
 }
+
+
+def _stacked(
+    packed: Callable[[int], PackedWeight | gpu_weights.GpuWeight], experts: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of all experts' packed weights, by the names of the parameters."""
+    kept: dict[str, torch.Tensor] = {}
+    for expert in range(experts):
+        for field, tensor in packed(expert)._asdict().items():
+            if tensor is None:
+                continue
+            name = "weight" if field == "weight" else f"weight_{field}"
+            if name not in kept:
+                kept[name] = tensor.new_empty(experts, *tensor.shape)
+            kept[name][expert] = tensor
+    return kept
 
 
 def _set(layer: Any, name: str, tensors: dict[str, torch.Tensor]) -> None:

@@ -105,7 +105,7 @@ class GenericLinear:
                 x, weight, scale, bias, weight_max, out_dtype
             )
         grid = spec.activations
-        codes, x_scale, zero_point = _quantized(spec, grid, x, input_scale)
+        codes, x_scale, zero_point = quantized(spec, grid, x, input_scale)
         return torch.ops.lowbit.linear_w4a4(
             codes,
             x_scale,
@@ -214,7 +214,7 @@ class TritonLinear:
                 spec.weights.bits,
                 out_dtype,
             )
-        codes, scale, zero_point = _quantized(spec, grid, x, input_scale)
+        codes, scale, zero_point = quantized(spec, grid, x, input_scale)
         return torch.ops.lowbit.gpu_linear_w4a4(
             codes,
             scale,
@@ -241,7 +241,7 @@ KERNELS: dict[str, type[GenericLinear] | type[CpuLinear] | type[TritonLinear]] =
 }
 
 
-def _quantized(
+def quantized(
     spec: LinearSpec, grid: IntGrid, x: torch.Tensor, input_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scale and zero point of x, transformed."""

@@ -30,14 +30,18 @@ INTEGER_TYPES = {
     "weight_zero_ptr": "*i32",
     "sum_ptr": "*i32",
     "bias_ptr": "*bf16",
-    **dict.fromkeys(("M", "N", "K", "row_bytes", "steps", "groups"), "i32"),
+    "index_ptr": "*i64",
+    "tiles_ptr": "*i32",
+    **dict.fromkeys(("M", "N", "K", "row_bytes", "steps", "groups", "experts"), "i32"),
 }
 FLOAT_TYPES = {
     "x_ptr": "*bf16",
     "scale_ptr": "*fp32",
     "zero_ptr": "*i32",
     "bias_ptr": "*bf16",
-    **dict.fromkeys(("M", "N", "K", "row_bytes", "turns", "groups"), "i32"),
+    "index_ptr": "*i64",
+    "tiles_ptr": "*i32",
+    **dict.fromkeys(("M", "N", "K", "row_bytes", "turns", "groups", "experts"), "i32"),
 }
 # Least shared memory of NVIDIA's and of AMD's.
 FALLBACK_TARGETS = ("sm_86", "gfx942")
@@ -60,11 +64,27 @@ def cases() -> Iterator[Case]:
             yield _integer_case(target, scheme, rows[0], 8)
             for row in rows:
                 yield _integer_case(target, scheme, row, 4)
+            for row in configs.rows_for_experts(target, "linear_w4a4", scheme):
+                yield _of_experts(_integer_case(target, scheme, row, 4))
             rows = configs.table(target)["linear_wna16"][scheme]
             for bits in (2, 3, 8):
                 yield _float_case(target, scheme, rows[0], bits)
             for row in rows:
                 yield _float_case(target, scheme, row, 4)
+            for row in configs.rows_for_experts(target, "linear_wna16", scheme):
+                yield _of_experts(_float_case(target, scheme, row, 4))
+
+
+def _of_experts(case: Case) -> Case:
+    """The same tile for the tokens of an expert; there is no split-K."""
+    return replace(
+        case,
+        operator="linear_experts",
+        name=f"{case.operator}, {case.name}",
+        types={**case.types, "out_ptr": "*bf16"},
+        constants={**case.constants, "EXPERTS": True, "PARTS": 1},
+        quick=case.quick and case.target == "sm_90",
+    )
 
 
 def _fallback_cases(target: str, scheme: str) -> Iterator[Case]:
@@ -142,6 +162,7 @@ def _case(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "SWAP": config.swap,
+            "EXPERTS": False,
             **constants,
         },
         aligned=("N", "K", "row_bytes"),

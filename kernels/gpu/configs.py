@@ -70,8 +70,27 @@ def table(arch: str) -> dict[str, dict[str, tuple[Row, ...]]]:
 
 def choose(arch: str, operator: str, scheme: str, m: int) -> LinearConfig:
     """The configuration for m tokens."""
-    rows = table(arch)[operator][scheme]
+    return _chosen(table(arch)[operator][scheme], m)
+
+
+def _chosen(rows: tuple[Row, ...], m: int) -> LinearConfig:
     return next(row.config for row in rows if row.max_m is None or m <= row.max_m)
+
+
+def rows_for_experts(arch: str, operator: str, scheme: str) -> tuple[Row, ...]:
+    """Rows of an operator where its tokens go to experts.
+
+    Those of ``linear_experts_w4a4`` for ``linear_w4a4`` and so on, where a table has
+    them: an expert's tile holds its rows' numbers, which takes registers.
+    """
+    of_experts = operator.replace("linear_", "linear_experts_")
+    own = table(arch).get(of_experts, {}).get(scheme)
+    return own or table(arch)[operator][scheme]
+
+
+def choose_for_experts(arch: str, operator: str, scheme: str, m: int) -> LinearConfig:
+    """The configuration for m tokens of each of many experts."""
+    return _chosen(rows_for_experts(arch, operator, scheme), m)
 
 
 def parts(config: LinearConfig, m: int, n: int, steps: int, processors: int) -> int:

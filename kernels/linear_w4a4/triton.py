@@ -11,9 +11,10 @@ import torch
 import triton
 
 from ..gpu.checks import FLOATS, check_optional, check_out_dtype, check_tensor
-from ..gpu.configs import LinearConfig, choose, parts
+from ..gpu.configs import LinearConfig, choose, choose_for_experts, parts
 from ..gpu.split import reduce_parts
 from ..gpu.target import architecture, inline_ptx, processors
+from ..gpu.tiles import Sent, row_tiles
 from ..gpu.weights import GpuWeight, group_size_of, padded, row_bytes
 from .reference import check_int32
 from .triton_kernel import linear_kernel
@@ -76,7 +77,7 @@ def linear_w4a4(
     out = torch.empty((m, n), dtype=out_dtype, device=device)
     if m == 0 or n == 0:
         return out
-    _launch(
+    launch(
         codes,
         (scale, zero_point),
         GpuWeight(weight, weight_scale, weight_zero, weight_sum),
@@ -87,27 +88,48 @@ def linear_w4a4(
     return out
 
 
-def _launch(
+def _config(arch: str, scheme: str, m: int, sent: Sent | None) -> LinearConfig:
+    if sent is None:
+        return choose(arch, "linear_w4a4", scheme, m)
+    each = -(-m // sent.experts)
+    return choose_for_experts(arch, "linear_w4a4", scheme, each)
+
+
+def launch(
     codes: torch.Tensor,
     tokens: tuple[torch.Tensor, torch.Tensor | None],
     weight: GpuWeight,
     bias: torch.Tensor | None,
     out: torch.Tensor,
     config: LinearConfig | None,
+    sent: Sent | None = None,
 ) -> None:
-    (m, k), n = codes.shape, out.shape[1]
+    """Launch the kernel; arguments as in :func:`linear_w4a4`, checked.
+
+    Args:
+        codes: int8 ``[tokens, k]``.
+        tokens: scale and zero point of each.
+        weight: of all experts where there are some, with a first dimension of them.
+        bias: without experts.
+        out: ``[rows, n]``, not empty.
+        config: None takes that of the chip's table.
+        sent: of the tokens, to experts; None for one weight.
+    """
+    (m, n), k = out.shape, codes.shape[1]
     scale, zero_point = tokens
     arch = architecture(codes.device)
-    groups = len(weight.scale)
+    groups = weight.scale.shape[-2]
     group_size = group_size_of(k, groups)
     nibbles = weight.weight.dtype == torch.uint8
     if config is None:
         scheme = "channel" if group_size == 0 else "group"
-        config = choose(arch, "linear_w4a4", scheme, m)
+        config = _config(arch, scheme, m, sent)
     step = group_size * (2 if nibbles else 1) if group_size in (32, 64) else 128
     steps = padded(k, 4) // step
     turns = steps // max(1, group_size // step)
-    split = parts(config, m, n, turns, processors(codes.device))
+    split = 1
+    if sent is None:
+        split = parts(config, m, n, turns, processors(codes.device))
     target = out
     if split > 1:
         dtype = torch.int32 if group_size == 0 else torch.float32
@@ -122,18 +144,21 @@ def _launch(
         scale if bias is None else bias,
     ]
     flags = {"ZERO": zero_point is not None, "BIAS": bias is not None}
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    linear_kernel[(tiles, split)](
+    tiles = row_tiles(m, config.block_m, sent)
+    linear_kernel[(tiles.count * triton.cdiv(n, config.block_n), split)](
         codes,
         weight.weight.view(torch.int8),
         target,
         *operands,
+        codes if tiles.index is None else tiles.index,
+        codes if tiles.table is None else tiles.table,
         m,
         n,
         k,
-        weight.weight.shape[1],
+        weight.weight.shape[-1],
         steps,
         groups,
+        0 if sent is None else sent.experts,
         GROUP=group_size,
         NIBBLES=nibbles,
         WEIGHT_ZERO=weight.zero is not None,
@@ -143,6 +168,7 @@ def _launch(
         BLOCK_N=config.block_n,
         SWAP=config.swap,
         PTX=inline_ptx(arch),
+        EXPERTS=sent is not None,
         num_warps=config.warps,
         num_stages=config.stages,
         # Product and sum are rounded apart, as in the reference.

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..gpu.split import epilogue
+from ..gpu.tiles import place_of, rows_of
 
 
 @triton.jit
@@ -108,12 +109,15 @@ def linear_kernel(
     weight_zero_ptr,
     sum_ptr,
     bias_ptr,
+    index_ptr,
+    tiles_ptr,
     M,
     N,
     K,
     row_bytes,
     steps,
     groups,
+    experts,
     GROUP: tl.constexpr,
     NIBBLES: tl.constexpr,
     ZERO: tl.constexpr,
@@ -125,32 +129,36 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     SWAP: tl.constexpr,
     PTX: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """A tile of ``out [M, N]``, or of one part of split-K in ``out [PARTS, M, N]``.
 
     A step is one block of codes: 128 columns, or of groups below that two groups
-    (nibbles) or one (bytes). GROUP is 0 for one scale a channel.
+    (nibbles) or one (bytes). GROUP is 0 for one scale a channel. With EXPERTS a row is
+    a pair of token and expert, see ``gpu/tiles.py``.
     """
     UNIT: tl.constexpr = 16 if NIBBLES else 1
     PLANES: tl.constexpr = 2 if NIBBLES else 1
     NARROW: tl.constexpr = GROUP == 32 or GROUP == 64
     STEP: tl.constexpr = GROUP * PLANES if NARROW else 128
     STEP_BYTES: tl.constexpr = STEP // PLANES
-    # Tiles that share weights run close together.
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    band = 8 * tl.cdiv(N, BLOCK_N)
-    first = tl.program_id(0) // band * 8
-    height = tl.minimum(tiles_m - first, 8)
-    tile_m = first + tl.program_id(0) % band % height
-    tile_n = tl.program_id(0) % band // height
+    tile_m, tile_n = place_of(M, N, experts, BLOCK_M, BLOCK_N, EXPERTS)
     part = tl.program_id(1)
 
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, end, expert = rows_of(tiles_ptr, tile_m, M, BLOCK_M, EXPERTS)
+    if EXPERTS:
+        if expert < 0:
+            return
+        w_ptr += expert.to(tl.int64) * N * row_bytes
+        scale_ptr += expert * groups * N
+        weight_zero_ptr += expert * groups * N
+        sum_ptr += expert * groups * N
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows and columns past the end read the first one and are not stored.
-    row = tl.where(rows < M, rows, 0)
+    row = tl.where(rows < end, rows, 0)
+    token = tl.load(index_ptr + row) if EXPERTS else row
     column = tl.where(columns < N, columns, 0)
-    a_row = a_ptr + row[:, None].to(tl.int64) * K
+    a_row = a_ptr + token[:, None].to(tl.int64) * K
     w_row = w_ptr + column[:, None].to(tl.int64) * row_bytes
     w_row += tl.arange(0, STEP_BYTES)[None, :]
 
@@ -163,7 +171,7 @@ def linear_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.int32)
     zero = tl.zeros((BLOCK_M,), tl.int32)
     if ZERO:
-        zero = tl.load(zero_ptr + row)
+        zero = tl.load(zero_ptr + token)
 
     PER_GROUP: tl.constexpr = 1 if GROUP == 0 or NARROW else GROUP // 128
     turns = steps // PER_GROUP
@@ -250,8 +258,8 @@ def linear_kernel(
         result = result.to(tl.float32)
         if GROUP == 0:
             result = result * tl.load(scale_ptr + column)[None, :]
-        result = epilogue(result, token_ptr, bias_ptr, row, column, True, BIAS)
+        result = epilogue(result, token_ptr, bias_ptr, token, column, True, BIAS)
     at = (tl.cast(part, tl.int64) * M + rows[:, None].to(tl.int64)) * N
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    inside = (rows < end)[:, None] & (columns < N)[None, :]
     value = result.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at + columns[None, :], value, mask=inside)

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from ..gpu.checks import FLOATS, check_optional, check_out_dtype, check_tensor
-from ..gpu.configs import LinearConfig, choose, parts
+from ..gpu.configs import LinearConfig, choose, choose_for_experts, parts
 from ..gpu.split import reduce_parts
 from ..gpu.target import INTERPRETED, architecture, processors
+from ..gpu.tiles import Sent, row_tiles
 from ..gpu.weights import (
     BLOCK,
     group_size_of,
@@ -72,11 +73,18 @@ def linear_wna16(
     out = torch.empty((m, n), dtype=out_dtype, device=device)
     if m and n:
         weights = (weight, weight_scale, weight_zero)
-        _launch(x, weights, bias, bits, size, out, config)
+        launch(x, weights, bias, bits, size, out, config)
     return out
 
 
-def _launch(
+def _config(arch: str, scheme: str, m: int, sent: Sent | None) -> LinearConfig:
+    if sent is None:
+        return choose(arch, "linear_wna16", scheme, m)
+    each = -(-m // sent.experts)
+    return choose_for_experts(arch, "linear_wna16", scheme, each)
+
+
+def launch(
     x: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     bias: torch.Tensor | None,
@@ -84,35 +92,54 @@ def _launch(
     group_size: int,
     out: torch.Tensor,
     config: LinearConfig | None,
+    sent: Sent | None = None,
 ) -> None:
+    """Launch the kernel; arguments as in :func:`linear_wna16`, checked.
+
+    Args:
+        x: bfloat16 or float16 ``[tokens, k]``.
+        weights: packed, their scales and zero points, of all experts where there are
+            some, with a first dimension of them.
+        bias: without experts.
+        bits: stored width.
+        group_size: 0 for one group.
+        out: ``[rows, n]``, not empty.
+        config: None takes that of the chip's table.
+        sent: of the tokens, to experts; None for one weight.
+    """
     weight, scale, zero = weights
-    (m, k), n = x.shape, out.shape[1]
+    (m, n), k = out.shape, x.shape[1]
     if config is None:
         scheme = "channel" if group_size == 0 else "group"
-        config = choose(architecture(x.device), "linear_wna16", scheme, m)
+        config = _config(architecture(x.device), scheme, m, sent)
     half = half_block(group_size or BLOCK, bits)
     block = half * (8 if bits == 3 else 8 // bits)
     turns = padded(k, bits) // max(block, group_size)
-    split = parts(config, m, n, turns, processors(x.device))
+    split = 1
+    if sent is None:
+        split = parts(config, m, n, turns, processors(x.device))
     target = out
     if split > 1:
         target = torch.empty((split, m, n), dtype=torch.float32, device=out.device)
     # An argument that is not read is still a pointer.
     bias_pointer = scale if bias is None else bias
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    linear_kernel[(tiles, split)](
+    tiles = row_tiles(m, config.block_m, sent)
+    linear_kernel[(tiles.count * triton.cdiv(n, config.block_n), split)](
         x,
         weight,
         target,
         scale,
         scale if zero is None else zero,
         bias_pointer,
+        x if tiles.index is None else tiles.index,
+        x if tiles.table is None else tiles.table,
         m,
         n,
         k,
-        weight.shape[1],
+        weight.shape[-1],
         turns,
-        len(scale),
+        scale.shape[-2],
+        0 if sent is None else sent.experts,
         GROUP=group_size,
         BITS=bits,
         HALF=half,
@@ -124,6 +151,7 @@ def _launch(
         BLOCK_N=config.block_n,
         SWAP=config.swap,
         DOT=DOT[x.dtype],
+        EXPERTS=sent is not None,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..gpu.split import epilogue
+from ..gpu.tiles import place_of, rows_of
 
 
 @triton.jit
@@ -47,12 +48,15 @@ def linear_kernel(
     scale_ptr,
     zero_ptr,
     bias_ptr,
+    index_ptr,
+    tiles_ptr,
     M,
     N,
     K,
     row_bytes,
     turns,
     groups,
+    experts,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     HALF: tl.constexpr,
@@ -64,11 +68,13 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     SWAP: tl.constexpr,
     DOT: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """A tile of ``out [M, N]``, or of one part of split-K in ``out [PARTS, M, N]``.
 
     A turn is a group, or a block of the packing where that holds several groups or
-    there is one scale a channel (GROUP 0). HALF is the columns of a plane.
+    there is one scale a channel (GROUP 0). HALF is the columns of a plane. With EXPERTS
+    a row is a pair of token and expert, see ``gpu/tiles.py``.
     """
     PLANES: tl.constexpr = 8 if BITS == 3 else 8 // BITS
     BLOCK: tl.constexpr = PLANES * HALF
@@ -76,20 +82,22 @@ def linear_kernel(
     PER_TURN: tl.constexpr = GROUP // BLOCK if GROUP > BLOCK else 1
     PER_GROUP: tl.constexpr = GROUP // HALF if GROUP != 0 else PLANES
     GROUPS_PER_TURN: tl.constexpr = PER_TURN * PLANES // PER_GROUP
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    band = 8 * tl.cdiv(N, BLOCK_N)
-    first = tl.program_id(0) // band * 8
-    height = tl.minimum(tiles_m - first, 8)
-    tile_m = first + tl.program_id(0) % band % height
-    tile_n = tl.program_id(0) % band // height
+    tile_m, tile_n = place_of(M, N, experts, BLOCK_M, BLOCK_N, EXPERTS)
     part = tl.program_id(1)
 
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, end, expert = rows_of(tiles_ptr, tile_m, M, BLOCK_M, EXPERTS)
+    if EXPERTS:
+        if expert < 0:
+            return
+        w_ptr += expert.to(tl.int64) * N * row_bytes
+        scale_ptr += expert * groups * N
+        zero_ptr += expert * groups * N
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.where(rows < M, rows, 0)
+    row = tl.where(rows < end, rows, 0)
+    token = tl.load(index_ptr + row) if EXPERTS else row
     column = tl.where(columns < N, columns, 0)
     lane = tl.arange(0, HALF)
-    x_row = x_ptr + row[:, None].to(tl.int64) * K
+    x_row = x_ptr + token[:, None].to(tl.int64) * K
     w_row = w_ptr + column[:, None].to(tl.int64) * row_bytes + lane[None, :]
 
     if SWAP:
@@ -150,6 +158,6 @@ def linear_kernel(
             result = result * tl.load(scale_ptr + column)[None, :]
         result = epilogue(result, bias_ptr, bias_ptr, row, column, False, BIAS)
     at = (tl.cast(part, tl.int64) * M + rows[:, None].to(tl.int64)) * N
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    inside = (rows < end)[:, None] & (columns < N)[None, :]
     value = result.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at + columns[None, :], value, mask=inside)

@@ -53,10 +53,14 @@ def test_tensors_on_disk_are_as_in_memory(tmp_path: Path, directory: bool) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides"),
-    [("lowbit", {}), ("smoothquant", {"vocab_bits": 8}), ("omniquant", {})],
+    ("name", "overrides", "tied"),
+    [
+        ("lowbit", {}, False),
+        ("lowbit", {}, True),
+        ("smoothquant", {"vocab_bits": 8}, True),
+        ("omniquant", {}, False),
+    ],
 )
-@pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_is_the_same_from_disk(
     tmp_path: Path,
     tiny_model: Callable[..., Path],

@@ -29,7 +29,7 @@ from vllm_lowbit.lowbit_checkpoint import read_config
 from vllm_lowbit.manifest import verify
 
 MODELS = Path(__file__).parents[2] / "models"
-SAMPLES, SEQ_LEN = 16, 128
+SAMPLES, SEQ_LEN = 8, 128
 
 
 def _recipe(name: str, **overrides: Any) -> Recipe:
@@ -89,21 +89,23 @@ def test_trained_model(tmp_path: Path, name: str, options: dict[str, Any]) -> No
     assert abs(report.held_out.quantized - report.held_out.plain) < allowed
 
 
-@pytest.mark.parametrize("vocab_bits", [8, 16])
 @pytest.mark.parametrize(
-    "sizes",
+    ("vocab_bits", "sizes"),
     [
-        {"tie_word_embeddings": True, "hidden_size": 192, "shards": 2},
-        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
-        {"head_dim": 80, "num_key_value_heads": 4, "dtype": "float16"},
-        {"architecture": "MistralForCausalLM", "sliding_window": 50},
-        {
-            "architecture": "Qwen2ForCausalLM",
-            "hidden_size": 256,
-            "tie_word_embeddings": True,
-        },
-        {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
-        {"architecture": "Phi3ForCausalLM", "shards": 2},
+        (8, {"tie_word_embeddings": True, "hidden_size": 192, "shards": 2}),
+        (16, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+        (8, {"head_dim": 80, "num_key_value_heads": 4, "dtype": "float16"}),
+        (16, {"architecture": "MistralForCausalLM", "sliding_window": 50}),
+        (
+            16,
+            {
+                "architecture": "Qwen2ForCausalLM",
+                "hidden_size": 256,
+                "tie_word_embeddings": True,
+            },
+        ),
+        (8, {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True}),
+        (16, {"architecture": "Phi3ForCausalLM", "shards": 2}),
     ],
 )
 def test_random_models(
@@ -140,22 +142,25 @@ def test_equalized_scales_help_the_model_with_outliers(tmp_path: Path) -> None:
             {
                 "transforms": {"equalize": equalize},
                 "weights": {"method": "rtn"},
-                "data": {"samples": SAMPLES, "seq_len": SEQ_LEN},
+                "data": {"samples": 4, "seq_len": SEQ_LEN},
             }
         )
         out = tmp_path / f"{equalize}"
         report = _run(out, recipe, MODELS / "ref-7m-outliers")
-        _check_served_as_calibrated(out, recipe, report)
+        if equalize:
+            _check_served_as_calibrated(out, recipe, report)
         losses.append(report.held_out.quantized)
     assert losses[1] < losses[0]
 
 
-def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path) -> None:
-    outs = {}
+def test_same_seed_same_bytes_and_another_seed_other_bytes(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model, outs = tiny_model(tmp_path / "base", tokenizer=True), {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / name / "out"
         out.parent.mkdir()
-        _run(out, _recipe("quarot-gptq", seed=seed))
+        _run(out, _recipe("quarot-gptq", seed=seed), model)
         outs[name] = {path.name: path.read_bytes() for path in out.iterdir()}
     assert outs["a"] == outs["b"]
     assert outs["a"]["model.safetensors"] != outs["c"]["model.safetensors"]
@@ -210,7 +215,7 @@ def test_training_serves_what_it_measured_and_repeats(
 def test_record_holds_the_errors_of_every_linear(tmp_path: Path) -> None:
     errors = {}
     for name in ("rtn", "gptq"):
-        _run(tmp_path / name, _recipe(name, scheme="w3a16"))
+        _run(tmp_path / name, _recipe(name, scheme="w3a16", samples=4))
         record = json.loads((tmp_path / name / "calibration.json").read_text())
         assert record["curves"] == {} and len(record["layers"]) == 42
         errors[name] = record["layers"]["model.layers.0.self_attn.q_proj"]
@@ -220,7 +225,7 @@ def test_record_holds_the_errors_of_every_linear(tmp_path: Path) -> None:
 
 
 def test_files_of_the_checkpoint(tmp_path: Path) -> None:
-    recipe = _recipe("rtn")
+    recipe = _recipe("rtn", samples=1, seq_len=8)
     _run(tmp_path / "out", recipe)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
@@ -305,8 +310,11 @@ def test_other_architecture(tmp_path: Path, tiny_model: Callable[..., Path]) -> 
     _refused(tmp_path, UnsupportedError, message, model=str(model))
 
 
-def test_model_that_is_already_quantized(tmp_path: Path) -> None:
-    _run(tmp_path / "first", _recipe("rtn", samples=1, seq_len=8))
+def test_model_that_is_already_quantized(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model(tmp_path / "base", tokenizer=True)
+    _run(tmp_path / "first", _recipe("rtn", samples=1, seq_len=8), model)
     message = "already quantized by 'lowbit'; calibrate its base model"
     _refused(tmp_path, ConfigError, message, model=str(tmp_path / "first"))
 

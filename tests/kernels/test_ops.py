@@ -30,7 +30,12 @@ NAMES = (
     "kv4_attention_out",
 )
 # Kernels of Triton alone, checked in triton/test_gpu_ops.py.
-ON_GPUS = ("gpu_linear_w4a4", "gpu_linear_wna16")
+ON_GPUS = (
+    "gpu_linear_w4a4",
+    "gpu_linear_wna16",
+    "gpu_linear_experts_w4a4",
+    "gpu_linear_experts_wna16",
+)
 
 
 def activations(dtype: torch.dtype = torch.float32) -> torch.Tensor:

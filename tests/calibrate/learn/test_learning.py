@@ -181,7 +181,7 @@ def test_learning_lowers_the_loss(
     to step: the mean of the second half is what counts.
     """
     model = MODELS / "ref-7m-outliers"
-    windows = calibration_windows(str(model), default_text(), 8, 64, seed=0)
+    windows = calibration_windows(str(model), default_text(), 4, 64, seed=0)
     recipe = _recipe(transforms, 16, **learn, tokens_per_step=windows.numel())
     _, curve = _learn(model, recipe, windows, tmp_path)
     losses = [loss for _, loss in curve]

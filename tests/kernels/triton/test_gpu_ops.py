@@ -9,8 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_lowbit.kernels import ops  # noqa: F401 (registers torch.ops.lowbit)
 from vllm_lowbit.kernels.gpu.weights import pack
+from vllm_lowbit.kernels.linear_experts.routing import by_expert
 
-NAMES = ("gpu_linear_w4a4", "gpu_linear_wna16")
+NAMES = (
+    "gpu_linear_w4a4",
+    "gpu_linear_wna16",
+    "gpu_linear_experts_w4a4",
+    "gpu_linear_experts_wna16",
+)
 
 
 def samples(name: str) -> list[tuple[Any, ...]]:
@@ -21,6 +27,16 @@ def samples(name: str) -> list[tuple[Any, ...]]:
     codes, scale = torch.randint(-8, 8, (5, 128), dtype=torch.int8), torch.rand(5, 1)
     zero_point = torch.randint(-8, 8, (5, 1), dtype=torch.int32)
     x = torch.randn(5, 128)
+    routing = by_expert(torch.rand(5, 3).topk(2)[1], 3)
+    sent = routing.rows, routing.offsets
+    experts = [None if t is None else torch.stack([t] * 3) for t in grouped]
+    if name == "gpu_linear_experts_w4a4":
+        return [
+            (codes, scale, None, *sent, *experts, torch.float32),
+            (codes, scale, zero_point, *sent, *experts, torch.float16),
+        ]
+    if name == "gpu_linear_experts_wna16":
+        return [(x.half(), *sent, *experts[:3], 4, torch.float32)]
     if name == "gpu_linear_w4a4":
         return [
             (codes, scale, None, *channel, None, torch.float32),
