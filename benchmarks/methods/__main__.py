@@ -8,7 +8,8 @@
 A cell is MODEL/SCHEME/METHOD/SEED. Each is calibrated and measured in a process of its
 own and written to results/methods.json at once; one that is there is not measured
 again, unless its recipe, the model or a text changed, or --again is given. Every run
-ends by writing methods.md and the plots anew. Needs the extra `bench`.
+ends by writing methods.md and the plots anew. Needs the extra `bench`; with --ray the
+extra `ray` too, and on every node this repository at the same path.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def _run(store: Any, chosen: list[Any], arguments: argparse.Namespace) -> None:
     from vllm_lowbit.errors import ConfigError
 
     from .protocol import inputs
-    from .store import run_all
+    from .run import run_here, run_on_cluster
 
     waiting, skipped = [], {}
     for cell in chosen:
@@ -86,9 +87,11 @@ def _run(store: Any, chosen: list[Any], arguments: argparse.Namespace) -> None:
         text = [f"{record['seconds']:.0f} s", *error]
         print(f"{done}/{len(waiting)} {cell.key}: {', '.join(text)}", flush=True)
 
-    left = run_all(
-        waiting, arguments.workers, arguments.time_limit, arguments.logs, keep
-    )
+    minutes, logs = arguments.time_limit, arguments.logs
+    if arguments.ray is None:
+        left = run_here(waiting, arguments.workers, minutes, logs, keep)
+    else:
+        left = run_on_cluster(waiting, arguments.ray, minutes, logs, keep)
     if left:
         print(f"time limit: {left} cells not started", flush=True)
 
@@ -104,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--again", action="store_true", help="measure what is there as well")
     workers = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=workers, help="cells at a time; %(default)s")
+    add("--ray", metavar="ADDRESS", help="on a Ray cluster, a core for each; auto")
     add("--time-limit", type=float, metavar="MINUTES", help="then start no other cell")
     add("--list", action="store_true", help="print the cells and end")
     add("--report", action="store_true", help="measure nothing, write the report")

@@ -55,6 +55,19 @@ class Row:
     apart: float | None
     apart_float32: float | None
 
+    @property
+    def mean_gap(self) -> Spread:
+        """Over the texts, which weigh alike.
+
+        Rounding also moves a model from one text towards the other, by more than two
+        methods differ; the mean hardly feels it.
+        """
+        seeds = next(iter(self.gap.values())).by_seed
+        texts = self.gap.values()
+        return Spread(
+            {s: math.fsum(t.by_seed[s] for t in texts) / len(texts) for s in seeds}
+        )
+
 
 def row(store: Store, model: str, scheme: str, method: str) -> Row | None:
     """The row of a method, over the seeds that were measured; None without any."""

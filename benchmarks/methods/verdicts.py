@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .cells import ABLATIONS, FLOAT, MAIN_SCHEME, MODELS, SCHEMES, all_cells
 from .measure import SERVED_BOUND
-from .protocol import TEXTS, overlaps
+from .protocol import overlaps
 from .store import Store
 from .summary import Row, row
 
@@ -106,24 +106,23 @@ def _over(
     scheme: str,
     method: str,
     other: str,
-    ratio: Callable[[Row, Row, str], float | None],
+    ratio: Callable[[Row, Row], float | None],
 ) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for model in MODELS:
         ours, theirs = (row(store, model, scheme, each) for each in (method, other))
-        for text in TEXTS:
-            both = ours is not None and theirs is not None
-            values[f"{model}, {text}"] = ratio(ours, theirs, text) if both else None
+        both = ours is not None and theirs is not None
+        values[model] = ratio(ours, theirs) if both else None
     return values
 
 
-def _means(ours: Row, theirs: Row, text: str) -> float | None:
-    return ours.gap[text].mean / theirs.gap[text].mean
+def _means(ours: Row, theirs: Row) -> float | None:
+    return ours.mean_gap.mean / theirs.mean_gap.mean
 
 
-def _worst(ours: Row, theirs: Row, text: str) -> float | None:
+def _worst(ours: Row, theirs: Row) -> float | None:
     """Seed by seed; None unless both have all of them."""
-    pairs = (ours.gap[text].by_seed, theirs.gap[text].by_seed)
+    pairs = (ours.mean_gap.by_seed, theirs.mean_gap.by_seed)
     seeds = SCHEMES[MAIN_SCHEME][1]
     if any(len(by_seed) < seeds for by_seed in pairs):
         return None

@@ -174,18 +174,18 @@ class TestStore:
     def test_kept_at_once(self, methods: Any, store: Any) -> None:
         cell = methods("cells").all_cells()[0]
         assert not store.done(cell, "x")
-        store.write(cell, record(36.0))
+        store.write(cell, record(36.0, environment={"cpu": "test"}))
         again = methods("store").Store(store.path)
         assert again.done(cell, "x") and not again.done(cell, "y")
         assert again.result(cell.key)["perplexity"]["novel"] == 36.0
-        assert again.environments[0]["python"] == ".".join(
-            map(str, sys.version_info[:3])
-        )
+        assert again.environments == [{"cpu": "test"}]
+        assert again.result(cell.key)["environment"] == 0
         assert not list(store.path.parent.glob("*.new"))
 
     def test_errors_are_tried_again(self, methods: Any, store: Any) -> None:
         cell = methods("cells").all_cells()[0]
-        store.write(cell, {"fingerprint": "x", "error": "exit code 1\nTrace\nBad: y\n"})
+        error = "exit code 1\nTrace\nBad: y\n"
+        store.write(cell, {"fingerprint": "x", "error": error, "environment": {}})
         assert not store.done(cell, "x")
         assert store.result(cell.key) is None
         assert store.errors() == {cell.key: "Bad: y"}
@@ -193,7 +193,7 @@ class TestStore:
     def test_time_limit_and_order(
         self, methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        module = methods("store")
+        module = methods("run")
         cells = [(cell, "x") for cell in methods("cells").all_cells()[:4]]
         shares: list[list[int]] = []
 
@@ -201,12 +201,12 @@ class TestStore:
             shares.append(share)
             return {"key": cell.key}
 
-        monkeypatch.setattr(module, "_run", run)
+        monkeypatch.setattr(module, "measure", run)
         seen: list[str] = []
         keep = lambda cell, record: seen.append(record["key"])
-        assert module.run_all(cells, 1, None, tmp_path, keep) == 0
+        assert module.run_here(cells, 1, None, tmp_path, keep) == 0
         assert seen == [cell.key for cell, _ in cells]
-        assert module.run_all(cells, 2, -1.0, tmp_path, keep) == 4
+        assert module.run_here(cells, 2, -1.0, tmp_path, keep) == 4
         assert len(seen) == 4
 
     def test_a_cell_that_fails(self, methods: Any, tmp_path: Path) -> None:
@@ -214,11 +214,34 @@ class TestStore:
         cells = methods("cells")
         broken = cells.Cell("ref-7m", "w4a16", "no such method")
         kept: list[Any] = []
-        methods("store").run_all(
+        methods("run").run_here(
             [(broken, "x")], 1, None, tmp_path, lambda cell, record: kept.append(record)
         )
         assert kept[0]["error"].startswith("exit code 1\n")
         assert "no cell is named" in kept[0]["error"]
+
+    def test_on_a_cluster(self, methods: Any, tmp_path: Path) -> None:
+        """Each cell in a process of its own on a node, its words and record here."""
+        pytest.importorskip("ray", reason="extra `ray`")
+        cells = methods("cells")
+        broken = [
+            (cells.Cell("ref-7m", "w4a16", f"no such method {n}"), f"{n}")
+            for n in range(3)
+        ]
+        kept: dict[str, Any] = {}
+        run = methods("run").run_on_cluster
+        keep = lambda cell, record: kept.update({cell.method: record})
+        assert run(broken, "local", None, tmp_path, keep) == 0
+        for number in range(3):
+            record = kept[f"no such method {number}"]
+            assert record["error"].startswith("exit code 1\n")
+            assert (
+                f"no cell is named 'ref-7m/w4a16/no such method {number}/0'"
+                in (record["error"])
+            )
+            assert record["fingerprint"] == str(number)
+            assert "cpu" in record["environment"]
+        assert run(broken, "local", -1.0, tmp_path, keep) == 3
 
 
 class TestFigures:
@@ -230,6 +253,13 @@ class TestFigures:
         assert (gap.least, gap.most) == pytest.approx((0.1, 0.6))
         assert row.apart == pytest.approx(math.log(1.001))
         assert row.seconds.mean == 60 and row.apart_float32 is None
+
+    def test_mean_of_texts(self, methods: Any, store: Any) -> None:
+        fill(methods, store, {"gptq": [0.1, 0.2, 0.6]}, "w4a4kv4")
+        texts = store.cells["ref-7m/w4a4kv4/gptq/1"]["perplexity"]
+        texts["novel"] *= math.exp(0.3)
+        gap = methods("summary").row(store, "ref-7m", "w4a4kv4", "gptq").mean_gap
+        assert gap.by_seed == pytest.approx({0: 0.1, 1: 0.35, 2: 0.6})
 
     def test_not_measured(self, methods: Any, store: Any) -> None:
         assert methods("summary").row(store, "ref-7m", "w4a4kv4", "gptq") is None
@@ -254,7 +284,7 @@ class TestFigures:
         ):
             verdict = found[start + line]
             assert verdict.holds is holds, line
-            assert verdict.values["ref-7m, novel"] == pytest.approx(value), line
+            assert verdict.values["ref-7m"] == pytest.approx(value), line
         assert found[start + "lowbit-best over that of quarot-gptq, means"].aim
         assert found["w2a16-g64: gap of omniquant over that of rtn"].holds is None
         quick = found["w4a4kv4: calibrating ref-7m by ostquant, 2 threads at most"]
