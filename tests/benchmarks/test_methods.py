@@ -301,12 +301,19 @@ class TestFigures:
 
     def test_served_apart(self, methods: Any, store: Any) -> None:
         fill(methods, store, {"rtn": [0.3]}, "w4a16")
-        line = "served perplexity apart from the calibrator's, worst method"
+        line = (
+            "served perplexity apart from the calibrator's, worst method; in float32, "
+            "as the calibrator, where in bfloat16 it is further"
+        )
         verdict = by_line(methods, store)[line]
         assert verdict.holds is None
         assert verdict.values["ref-7m, w4a16"] == pytest.approx(0.1, rel=1e-2)
-        store.cells["ref-7m/w4a16/rtn/0"]["served"] *= 1.01
+        cell = store.cells["ref-7m/w4a16/rtn/0"]
+        cell["served"] *= 1.01
         assert by_line(methods, store)[line].holds is False
+        cell["served_float32"] = cell["perplexity"]["WikiText-2"] * 1.002
+        again = by_line(methods, store)[line]
+        assert again.values["ref-7m, w4a16"] == pytest.approx(0.2, rel=1e-2)
 
 
 class TestOverlap:
