@@ -14,7 +14,8 @@ from .kv4_attention import cpu as attention_cpu
 from .kv4_attention import generic as attention_generic
 from .kv4_store import cpu as store_cpu
 from .kv4_store import generic as store_generic
-from .linear_experts.cpu import linear_experts_generic, linear_experts_packed
+from .linear_experts import cpu as experts_cpu
+from .linear_experts import generic as experts_generic
 from .linear_packed.cpu import linear_packed
 from .linear_tiled import cpu as tiled_cpu
 from .linear_tiled import generic as tiled_generic
@@ -55,9 +56,9 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("linear_wna16", "cpu"): linear_packed,
     ("linear_wna16", "triton"): on_call("linear_wna16.triton.linear_wna16"),
     ("linear_wna16", "generic"): linear_wna16,
-    ("linear_experts", "cpu"): linear_experts_packed,
+    ("linear_experts", "cpu"): experts_cpu.linear_experts,
     ("linear_experts", "triton"): on_call(f"{EXPERTS}.linear_experts_w4a4"),
-    ("linear_experts", "generic"): linear_experts_generic,
+    ("linear_experts", "generic"): experts_generic.linear_experts,
     ("linear_tiled", "cpu"): tiled_cpu.linear_tiled,
     ("linear_tiled", "generic"): tiled_generic.linear_tiled,
     ("quantize_weight", "cpu"): weight_cpu.quantize_weight,

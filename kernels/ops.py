@@ -19,7 +19,8 @@ from .implementations import (
     implementation,
     on_call,
 )
-from .linear_experts.cpu import linear_experts_generic, linear_experts_packed
+from .linear_experts import cpu as experts_cpu
+from .linear_experts import generic as experts_generic
 from .linear_packed.cpu import linear_packed
 from .linear_w4a4.generic import linear_w4a4
 from .linear_wna16.generic import linear_wna16
@@ -140,7 +141,7 @@ _register(
     " Tensor? input_scale, int order, int stride, int activation_bits,"
     " bool symmetric, Tensor weight, Tensor weight_scale, int weight_max,"
     " ScalarType out_dtype, float clip_ratio=1.0) -> Tensor",
-    linear_experts_generic,
+    experts_generic.linear_experts,
     _linear_experts_generic_out,
 )
 _register(
@@ -149,7 +150,7 @@ _register(
     " bool symmetric, Tensor weight, Tensor weight_scale, Tensor? weight_zero,"
     " Tensor weight_sum, int n, int weight_bits, ScalarType out_dtype,"
     " float clip_ratio=1.0) -> Tensor",
-    linear_experts_packed,
+    experts_cpu.linear_experts,
     _linear_experts_packed_out,
 )
 # Weights of these four are in the form of gpu/weights.py.

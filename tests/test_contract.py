@@ -23,6 +23,7 @@ from vllm_lowbit.schema import scheme_from_name
 
 pytest.importorskip("vllm")
 from vllm_lowbit.attention import KV4AttentionBackend, KV4AttentionImpl
+from vllm_lowbit.parameters import ExpertShard
 from vllm_lowbit.vocabulary import EmbeddingMethod
 
 LOADER = "vllm.model_executor.model_loader.default_loader.DefaultModelLoader"
@@ -513,6 +514,66 @@ def _(symbol: Any, real: Any) -> None:
 def _(symbol: Any, real: Any) -> None:
     assert real.resolve("vllm.distributed.cleanup_dist_env_and_memory") is symbol
     inspect.signature(symbol).bind()
+
+
+@holds("UnquantizedLinearMethod")
+def _(symbol: Any, real: Any) -> None:
+    kind = real.named("GateLinear")
+    router = object.__new__(kind)
+    assert type(real.quant.get_quant_method(router, "mlp.gate")) is symbol
+    asked = f"isinstance(self.quant_method, {symbol.__name__})"
+    assert asked in inspect.getsource(kind.__init__)
+
+
+@holds("GateLinear")
+def _(symbol: Any, real: Any) -> None:
+    assert issubclass(
+        symbol, real.resolve("vllm.model_executor.layers.linear.LinearBase")
+    )
+
+
+@holds("RoutedExperts")
+def _(symbol: Any, real: Any) -> None:
+    """That it calls our methods as we need is tested with engines, tests/live."""
+    assert "is_monolithic" in inspect.getsource(symbol.forward_modular)
+    load = parameters(ExpertShard.load)
+    source = inspect.getsource(symbol.load_weights)
+    assert all(f"{name}=" in source for name in load)
+
+
+@holds("FusedMoEMethodBase")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol.__abstractmethods__ == {
+        "create_weights",
+        "get_fused_moe_quant_config",
+    }
+    asserted = inspect.getsource(real.named("RoutedExperts")._get_quant_method)
+    assert f"isinstance(quant_method, {symbol.__name__})" in asserted
+
+
+@holds("FusedMoEConfig")
+def _(symbol: Any, real: Any) -> None:
+    names = {field.name for field in fields(symbol)}
+    assert real.rows["FusedMoEConfig"] <= names
+
+
+@holds("FusedMoEParallelConfig")
+def _(symbol: Any, real: Any) -> None:
+    names = {field.name for field in fields(symbol)} | set(vars(symbol))
+    assert real.rows["FusedMoEParallelConfig"] <= names
+
+
+@holds("FusedMoEQuantConfig")
+def _(symbol: Any, real: Any) -> None:
+    base = real.named("FusedMoEMethodBase").get_fused_moe_quant_config
+    assert typing.get_type_hints(
+        base, {**vars(inspect.getmodule(base)), "RoutedExperts": Any}
+    )["return"] == (symbol | None)
+
+
+@holds("MoEActivation")
+def _(symbol: Any, real: Any) -> None:
+    assert symbol.from_str("silu") is symbol.SILU
 
 
 def test_every_row_has_an_assertion(ledger: dict[str, set[str]]) -> None:

@@ -64,7 +64,19 @@ VARIABLES = {
         "vllm_config": "VllmConfig",
         "vllm_config.load_config": "LoadConfig",
         "parallel": "ParallelConfig",
+        "layer": "RoutedExperts",
     },
+    "experts.py": {
+        "layer": "RoutedExperts",
+        "moe": "FusedMoEConfig",
+        "parallel": "FusedMoEParallelConfig",
+        "MoEActivation": "MoEActivation",
+    },
+    "experts_checkpoint.py": {
+        "self.moe": "FusedMoEConfig",
+        "parallel": "FusedMoEParallelConfig",
+    },
+    "experts_load_time.py": {"layer": "RoutedExperts"},
     "linear.py": {"layer": "LinearBase"},
     "linear_checkpoint.py": {"layer": "LinearBase"},
     "linear_load_time.py": {"layer": "LinearBase"},
@@ -96,6 +108,8 @@ OURS = {
     "weight",
     "weight_scale",
     "input_scale",
+    "w13_input_scale",
+    "w2_input_scale",
     "signs",
     "get_parameter",
     "register_parameter",
@@ -113,8 +127,9 @@ def used(file: str) -> dict[str, set[str]]:
         if isinstance(node, ast.Attribute):
             value, names = node.value, {node.attr}
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id == "getattr":
-                value, names = node.args[0], {node.args[1].value}  # type: ignore
+            # A name that is put together is one of our own attributes.
+            if node.func.id == "getattr" and isinstance(node.args[1], ast.Constant):
+                value, names = node.args[0], {node.args[1].value}
             if node.func.id == "replace":
                 value = node.args[0]
                 names = {keyword.arg for keyword in node.keywords}
@@ -158,6 +173,9 @@ MODULES = (
     "attention",
     "attention_cuda",
     "config",
+    "experts",
+    "experts_checkpoint",
+    "experts_load_time",
     "linear",
     "linear_checkpoint",
     "linear_load_time",

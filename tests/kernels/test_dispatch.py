@@ -31,9 +31,13 @@ def test_row_has_an_implementation(row: Row) -> None:
     paths = [f"vllm_lowbit.kernels.{row.operator}.{name}" for name in names]
     found = [path for path in paths if importlib.util.find_spec(path)]
     assert found, f"none of {paths} exists"
-    name = "transform" if (row.operator, row.backend) == ("hadamard", "cpu") else ""
+    other = {
+        ("hadamard", "cpu"): "transform",
+        ("linear_experts", "triton"): "linear_experts_w4a4",
+    }
+    name = other.get((row.operator, row.backend), row.operator)
     module = importlib.import_module(found[0])
-    assert callable(getattr(module, name or row.operator))
+    assert callable(getattr(module, name))
     assert callable(IMPLEMENTATIONS[row.operator, row.backend])
 
 

@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_lowbit.kernels.cpu import library
 from vllm_lowbit.kernels.grid import IntGrid
-from vllm_lowbit.kernels.linear_experts.cpu import (
-    linear_experts_generic,
-    linear_experts_packed,
-)
+from vllm_lowbit.kernels.linear_experts import cpu, generic
 from vllm_lowbit.kernels.linear_experts.reference import linear_experts
 from vllm_lowbit.kernels.linear_experts.routing import by_expert, combine
 from vllm_lowbit.kernels.linear_w4a4.cpu import pack
@@ -127,22 +124,39 @@ def test_backends_equal_the_reference(
         for parts in zip(*packed, strict=True)
     ]
     n = codes.shape[1]
-    compiled = linear_experts_packed(*around, *kinds, *stacked, n, bits, dtype, 0.9)
+    packed_result = cpu.linear_experts(*around, *kinds, *stacked, n, bits, dtype, 0.9)
     zeros = None if zero_point is None else zero_point.flatten(0, 1)
     weight = prepare(codes.flatten(0, 1), zeros).view(codes.shape)
-    generic = linear_experts_generic(
+    plain = generic.linear_experts(
         *around, *kinds, weight, scale, (1 << bits) - 1, dtype, 0.9
     )
-    assert compiled.dtype == generic.dtype == dtype
-    assert torch.equal(compiled, generic)
+    assert packed_result.dtype == plain.dtype == dtype
+    assert torch.equal(packed_result, plain)
     if grid is not None:
-        assert torch.equal(compiled, expected)
+        assert torch.equal(packed_result, expected)
     else:
         # A weight-only linear rounds its input to fixed point.
         largest = expected.float().abs().amax() if expected.numel() else 0.0
         step = torch.finfo(dtype).eps + 2**-14
-        apart = (compiled.float() - expected.float()).abs()
+        apart = (packed_result.float() - expected.float()).abs()
         assert bool((apart <= 4 * step * (1 + largest)).all())
+
+
+@compiled
+def test_rows_do_not_depend_on_the_batch() -> None:
+    made = _arguments(0, 4, 1, True, (4, 33, 20, 64, 2))
+    x, routing, codes = made["x"].bfloat16(), made["routing"], made["codes"]
+    packed = [pack(c, s, None, 4) for c, s in zip(codes, made["scale"], strict=True)]
+    weight, scale, _, total = zip(*packed, strict=True)
+    stacked = torch.stack(weight), torch.stack(scale), None, torch.stack(total)
+    rest = None, 16, 1, 4, False, *stacked, 20, 4, torch.bfloat16
+    whole = cpu.linear_experts(x, routing.rows, routing.offsets, *rest)
+    for pair in range(66):
+        expert = int((routing.offsets[1:] <= pair).sum())
+        offsets = torch.zeros(5, dtype=torch.int32)
+        offsets[expert + 1 :] = 1
+        alone = cpu.linear_experts(x, routing.rows[pair : pair + 1], offsets, *rest)
+        assert torch.equal(whole[pair], alone[0])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +184,7 @@ def test_bad_routing(change: dict[str, torch.Tensor], message: str) -> None:
     }
     weight = torch.zeros(2, 4, 16, dtype=torch.int8)
     with pytest.raises(ValueError, match=message):
-        linear_experts_generic(
+        generic.linear_experts(
             torch.randn(3, 16),
             arguments["rows"],
             arguments["offsets"],
