@@ -224,10 +224,16 @@ def test_gpus_have_a_kernel_of_their_own(name: str) -> None:
 def test_gpu_linears_refuse_other_devices(name: str) -> None:
     x = torch.zeros(2, 128, dtype=torch.int8 if "w4a4" in name else torch.bfloat16)
     weight, scale = torch.zeros(8, 64, dtype=torch.uint8), torch.ones(1, 8)
-    rest: Arguments = (weight, scale, None, None, 4, torch.bfloat16)
+    sums, bias = torch.zeros(1, 8, dtype=torch.int32), (None,)
+    sent: Arguments = ()
+    if "experts" in name:
+        routing = by_expert(torch.zeros(2, 1, dtype=torch.int64), 1)
+        sent, bias = (routing.rows, routing.offsets), ()
+        weight, scale, sums = weight[None], scale[None], sums[None]
+    rest: Arguments = (*sent, weight, scale, None, *bias, 4, torch.bfloat16)
     if "w4a4" in name:
-        sums = torch.zeros(1, 8, dtype=torch.int32)
-        rest = (torch.ones(2, 1), None, weight, scale, None, sums, None, torch.float32)
+        tokens = torch.ones(2, 1), None
+        rest = (*tokens, *sent, weight, scale, None, sums, *bias, torch.float32)
     with pytest.raises(ValueError, match=r"must be on a GPU \(cuda\), got cpu"):
         operator(name)(x, *rest)
 
