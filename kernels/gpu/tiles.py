@@ -35,8 +35,8 @@ class RowTiles(NamedTuple):
     """How many tiles there are along the rows, and with experts token and place of
     each row."""
 
-    count: int
-    index: torch.Tensor | None = None
+    number: int
+    tokens: torch.Tensor | None = None
     table: torch.Tensor | None = None
 
 

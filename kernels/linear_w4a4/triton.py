@@ -145,12 +145,12 @@ def launch(
     ]
     flags = {"ZERO": zero_point is not None, "BIAS": bias is not None}
     tiles = row_tiles(m, config.block_m, sent)
-    linear_kernel[(tiles.count * triton.cdiv(n, config.block_n), split)](
+    linear_kernel[(tiles.number * triton.cdiv(n, config.block_n), split)](
         codes,
         weight.weight.view(torch.int8),
         target,
         *operands,
-        codes if tiles.index is None else tiles.index,
+        codes if tiles.tokens is None else tiles.tokens,
         codes if tiles.table is None else tiles.table,
         m,
         n,

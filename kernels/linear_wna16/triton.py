@@ -124,14 +124,14 @@ def launch(
     # An argument that is not read is still a pointer.
     bias_pointer = scale if bias is None else bias
     tiles = row_tiles(m, config.block_m, sent)
-    linear_kernel[(tiles.count * triton.cdiv(n, config.block_n), split)](
+    linear_kernel[(tiles.number * triton.cdiv(n, config.block_n), split)](
         x,
         weight,
         target,
         scale,
         scale if zero is None else zero,
         bias_pointer,
-        x if tiles.index is None else tiles.index,
+        x if tiles.tokens is None else tiles.tokens,
         x if tiles.table is None else tiles.table,
         m,
         n,
