@@ -181,7 +181,12 @@ class Estimator:
         }
         self.layer = sum(map(math.prod, tensors.values()))
         self.largest = max(map(math.prod, tensors.values()))
-        self.columns = [tensors[f"{n[0]}.weight"][1] for n in stages_of(shape).values()]
+        inputs = {s: tensors[f"{n[0]}.weight"][1] for s, n in stages_of(shape).items()}
+        self.columns = list(inputs.values())
+        # The same of one token: it goes through some of the experts.
+        some = shape.experts_per_token / max(1, shape.num_experts)
+        self.squares = sum(_share(s, some) * k**2 for s, k in inputs.items())
+        self.active = sum(_share(n, some) * math.prod(s) for n, s in tensors.items())
         self.matrices = list(tensors.values())
         self.vocabulary = shape.vocab_size * shape.hidden_size
         self.model = self.layer * shape.num_layers
@@ -291,7 +296,7 @@ class Estimator:
         if recipe.weights.method in GPTQ_METHODS:
             both = 2 if recipe.weights.method == "gptaq" else 1
             passes += (1 + both) * self.samples
-            squares = 2 * both * self.samples * sum(k**2 for k in self.columns)
+            squares = 2 * both * self.samples * self.squares
             columns = sum(2 * n * k * k for n, k in self.matrices)
             seconds += layers * (squares + columns) / speed.single
             cubes = sum(k**3 for k in self.columns) * (4 / 3 if both == 1 else 16 / 3)
@@ -316,4 +321,9 @@ class Estimator:
     def _forward(self, seq_len: int) -> float:
         """Operations of a layer per token."""
         attention = 2 * seq_len * self.shape.num_heads * self.shape.head_dim
-        return 2 * self.layer + attention
+        return 2 * self.active + attention
+
+
+def _share(name: str, some: float) -> float:
+    """Of the tokens, how many a stage or tensor of this name sees."""
+    return some if ".experts." in name else 1.0

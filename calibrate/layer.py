@@ -179,11 +179,14 @@ class StageQuantizer:
         weights = {name: tensor.float() for name, tensor in floats.items()}
         x, y = (s[: self.samples] for s in (streams.served, streams.plain))
         linears: dict[str, QuantizedMatrix] = {}
+        chosen: torch.Tensor | None = None
         for stage, names in self.models.served.stages.items():
             compensation = None
             if self.recipe.method != "rtn":
-                hessian = self._hessian(stage, weights, plain_weights, x, y)
                 expert = stage.rpartition(".")[0]
+                if expert and chosen is None:
+                    chosen = self._chosen(weights, x)
+                hessian = self._hessian(stage, weights, plain_weights, x, y, chosen)
                 if expert:
                     self.tokens[prefix + expert] = hessian.rows
                 compensation = Compensation.of(hessian, self.options, prefix + names[0])
@@ -205,6 +208,11 @@ class StageQuantizer:
         parts = (model.update("o_input", weights, p) for p in x.split(self.chunk))
         return self.models.scratch.collect(parts, len(x))
 
+    def _chosen(self, weights: Tensors, x: torch.Tensor) -> torch.Tensor:
+        """Experts of every token, once for all stages."""
+        served = self.models.served
+        return torch.cat([served.chosen(weights, p) for p in x.split(self.chunk)])
+
     def _quantize(
         self, weight: torch.Tensor, compensation: Compensation | None
     ) -> QuantizedMatrix:
@@ -222,13 +230,16 @@ class StageQuantizer:
         plain_weights: Tensors,
         x: torch.Tensor,
         y: torch.Tensor,
+        chosen: torch.Tensor | None,
     ) -> Hessian:
         served, plain = self.models.served, self.models.plain
         hessian: Hessian | None = None
-        for part, plain_part in zip(
-            x.split(self.chunk), y.split(self.chunk), strict=True
-        ):
-            sent = _sent(served, stage, weights, part)
+        expert = stage.rpartition(".")[0]
+        every = None if chosen is None else served.goes_to(expert, chosen)
+        for start in range(0, len(x), self.chunk):
+            few = slice(start, start + self.chunk)
+            part, plain_part = x[few], y[few]
+            sent = None if every is None else every[few]
             h = served.quantized(served.input_of(stage, weights, part, sent))
             hessian = hessian or Hessian(h.shape[-1], h.device)
             if self.recipe.method == "gptaq":

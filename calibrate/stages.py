@@ -112,8 +112,8 @@ class DecoderStages:
         """
         expert, _, stage = stage.rpartition(".")
         if expert:
+            x = x[self.sent(expert, weights, x) if sent is None else sent]
             h = self.norm(x, weights["post_attention_layernorm.weight"])
-            h = h[self.sent(expert, weights, x) if sent is None else sent]
             h = rotated(h, self.online.mlp_input)
             return h if stage == "mlp_input" else self._gated(expert, weights, h)
         match stage:
@@ -147,9 +147,21 @@ class DecoderStages:
             weights: of the layer.
             x: the residual stream after attention.
         """
+        return self.goes_to(expert, self.chosen(weights, x))
+
+    def chosen(
+        self, weights: Mapping[str, torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """Indices of every token's experts, ``[windows, tokens, experts_per_token]``.
+
+        Arguments as for :meth:`sent`.
+        """
         h = self.norm(x, weights["post_attention_layernorm.weight"])
-        _, chosen = self._route(weights, h)
-        return (chosen == self.shape.mlps().index(expert)).any(dim=-1)
+        return self._route(weights, h)[1]
+
+    def goes_to(self, expert: str, chosen: torch.Tensor) -> torch.Tensor:
+        """bool ``[windows, tokens]``: the tokens that chose an expert."""
+        return (chosen == int(expert.rpartition(".")[2])).any(dim=-1)
 
     def update(
         self,
