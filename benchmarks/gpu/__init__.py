@@ -14,6 +14,6 @@ import vllm_lowbit
 if importlib.util.find_spec("vllm_lowbit.kernels") is None:
     vllm_lowbit.__path__.append(str(Path(__file__).parents[2]))
 
-from . import activations, kv4, linears
+from . import activations, experts, kv4, linears
 
-SOURCES = (activations, linears, kv4)
+SOURCES = (activations, linears, experts, kv4)

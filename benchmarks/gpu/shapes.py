@@ -22,3 +22,8 @@ MODELS = {
     },
 }
 WIDTHS = (4096, 8192, 12288, 14336, 28672)
+# Experts, of them per token, and (n, k) of one.
+EXPERTS = {
+    "Qwen3-30B-A3B": (128, 8, {"gate_up": (1536, 2048), "down": (2048, 768)}),
+    "Mixtral-8x7B": (8, 2, {"gate_up": (28672, 4096), "down": (4096, 14336)}),
+}

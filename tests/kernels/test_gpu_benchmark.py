@@ -65,7 +65,12 @@ def test_checks_pass_in_the_interpreter(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
     written = json.loads((tmp_path / "gpu.json").read_text())
     operators = {check["operator"] for check in written["checks"]}
-    assert operators >= {"hadamard_quantize", "linear_w4a4", "linear_wna16"}
+    assert operators >= {
+        "hadamard_quantize",
+        "linear_w4a4",
+        "linear_wna16",
+        "linear_experts",
+    }
     assert not any(check["fault"] for check in written["checks"])
     assert written["environment"]["device"] == "interpreter"
     assert "speed" not in written
