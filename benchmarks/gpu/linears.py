@@ -7,6 +7,7 @@ from itertools import product
 
 import torch
 
+from vllm_lowbit.kernels.gpu.configs import LinearConfig
 from vllm_lowbit.kernels.gpu.target import INTERPRETED
 from vllm_lowbit.kernels.gpu.weights import pack
 from vllm_lowbit.kernels.hadamard_quantize.triton import hadamard_quantize
@@ -102,7 +103,7 @@ def rows(device: torch.device) -> Iterator[Row]:
     layers = [(m, layer, *nk) for m, ls in MODELS.items() for layer, nk in ls.items()]
     for tokens in TOKENS:
         for model, layer, n, k in layers:
-            arms = _Arms(device, tokens, n, k)
+            arms = Arms(device, tokens, n, k)
             sizes = {"m": tokens, "n": n, "k": k}
             activations = tokens * (k + 2 * n)
             yield Row(
@@ -136,7 +137,7 @@ def rows(device: torch.device) -> Iterator[Row]:
                 )
 
 
-class _Arms:
+class Arms:
     """Ways to multiply ``[m, k]`` by a weight ``[n, k]``, on copies of the weight."""
 
     def __init__(self, device: torch.device, m: int, n: int, k: int) -> None:
@@ -157,10 +158,12 @@ class _Arms:
         weights = [first.weight] + [first.weight.clone() for _ in range(count - 1)]
         return first, weights
 
-    def integer(self, count: Count) -> Calls:
-        first, weights = self._packed(count(self.n * self.k // 2), True)
+    def integer(
+        self, count: Count, group: int = 0, config: LinearConfig | None = None
+    ) -> Calls:
+        first, weights = self._packed(count(self.n * self.k // 2), True, group)
         codes, scale = self._codes(self.m), torch.ones(self.m, 1, device=self.device)
-        rest = (first.scale, None, first.sum, None, torch.bfloat16)
+        rest = (first.scale, None, first.sum, None, torch.bfloat16, config)
         return [partial(linear_w4a4, codes, scale, None, w, *rest) for w in weights]
 
     def integer_whole(self, count: Count) -> Calls:
@@ -174,10 +177,12 @@ class _Arms:
 
         return [partial(call, weight) for weight in weights]
 
-    def weight_only(self, count: Count, group: int = 0) -> Calls:
+    def weight_only(
+        self, count: Count, group: int = 0, config: LinearConfig | None = None
+    ) -> Calls:
         first, weights = self._packed(count(self.n * self.k // 2), False, group)
         x = self._x()
-        rest = (first.scale, None, None, 4, torch.bfloat16)
+        rest = (first.scale, None, None, 4, torch.bfloat16, config)
         return [partial(linear_wna16, x, w, *rest) for w in weights]
 
     def bf16(self, count: Count) -> Calls:

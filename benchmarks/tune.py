@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch configurations of the linears for the GPU at hand: measure, keep the best.
+
+    python -m benchmarks.tune [--operator linear_w4a4] [--minutes 25] [--dry-run]
+
+From the chip's table, or the fallback's where it has none, one setting of a row is
+changed at a time and kept where it makes the row's problems faster; a configuration
+that does not compile, does not fit the chip or gives another result is out. The table
+is written after every row, so a run that ends early has lost nothing. Then run `python
+-m benchmarks.compile` (no spills, on every machine) and `python -m benchmarks.gpu`.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_lowbit.kernels.gpu import configs
+from vllm_lowbit.kernels.gpu.configs import LinearConfig, Row
+from vllm_lowbit.kernels.gpu.target import INTERPRETED, architecture
+
+from .gpu.linears import Arms
+from .gpu.timing import seconds
+
+OPERATORS = ("linear_w4a4", "linear_wna16")
+# (n, k) of a model of 8 billion parameters, and what a row's tokens are measured as.
+SHAPES = ((28672, 4096), (4096, 14336), (4096, 4096))
+MANY = (512, 4096)
+GROUPS = {"channel": 0, "group": 128}
+SETTINGS: dict[str, tuple[int | bool, ...]] = {
+    "block_n": (32, 64, 128, 256),
+    "swap": (False, True),
+    "warps": (4, 8),
+    "stages": (2, 3, 4, 5, 6),
+    "split_k": (1, 2, 4, 8, 16),
+    "block_m": (16, 32, 64, 128, 256),
+}
+# Of a change, to be kept: below it is noise.
+GAIN = 0.01
+Table = dict[str, dict[str, list[Row]]]
+# Seconds of a configuration on a row's problems, infinite where it cannot run.
+Cost = Callable[[LinearConfig], float]
+
+
+def tuned(config: LinearConfig, cost: Cost, ends: float) -> tuple[LinearConfig, float]:
+    """The best that changes of one setting at a time lead to, and its cost.
+
+    Args:
+        config: where to start.
+        cost: of a configuration.
+        ends: time.monotonic() after which nothing else is tried.
+    """
+    best, known = cost(config), {config}
+    improved = True
+    while improved:
+        improved = False
+        for changed in _neighbours(config):
+            if changed in known or time.monotonic() > ends:
+                continue
+            known.add(changed)
+            found = cost(changed)
+            if found < best * (1 - GAIN):
+                config, best, improved = changed, found, True
+    return config, best
+
+
+def _neighbours(config: LinearConfig) -> Iterator[LinearConfig]:
+    for name, values in SETTINGS.items():
+        for value in values:
+            if value != getattr(config, name):
+                yield replace(config, **{name: value})
+
+
+def cost_on_device(
+    operator: str, scheme: str, tokens: Sequence[int], device: torch.device
+) -> Cost:
+    """Geometric mean of seconds over SHAPES and tokens; results have to agree."""
+    problems = [
+        (Arms(device, m, n, k), _arm(operator)) for n, k in SHAPES for m in tokens
+    ]
+    expected: list[torch.Tensor] = []
+
+    def prepare(index: int, config: LinearConfig) -> Any:
+        arms, arm = problems[index]
+        return partial(getattr(arms, arm), group=GROUPS[scheme], config=config)
+
+    def result(index: int, config: LinearConfig) -> torch.Tensor:
+        torch.manual_seed(index)
+        return prepare(index, config)(lambda size: 1)[0]().float()
+
+    def cost(config: LinearConfig) -> float:
+        total = 0.0
+        for index in range(len(problems)):
+            try:
+                found = result(index, config)
+                if len(expected) == index:
+                    expected.append(found)
+                apart = float((found - expected[index]).abs().max())
+                if not apart <= 1e-2 * float(expected[index].abs().max()):
+                    print(f"  wrong by {apart:.3g}: {config}", flush=True)
+                    return math.inf
+                total += math.log(seconds(prepare(index, config), device))
+            except Exception as error:  # Whatever the compiler or driver raises.
+                print(f"  {type(error).__name__}: {config}", flush=True)
+                return math.inf
+        return math.exp(total / len(problems))
+
+    return cost
+
+
+def _arm(operator: str) -> str:
+    return "integer" if operator == "linear_w4a4" else "weight_only"
+
+
+def copied(table: dict[str, dict[str, tuple[Row, ...]]]) -> Table:
+    """A table that can be changed."""
+    return {
+        operator: {scheme: list(rows) for scheme, rows in schemes.items()}
+        for operator, schemes in table.items()
+    }
+
+
+def dump(table: Table) -> str:
+    """The text of a file of configs/, a row a line."""
+    operators = []
+    for operator, schemes in table.items():
+        parts = []
+        for scheme, rows in schemes.items():
+            lines = [
+                " " * 6 + json.dumps({"max_m": row.max_m, **asdict(row.config)})
+                for row in rows
+            ]
+            parts.append(f'    "{scheme}": [\n' + ",\n".join(lines) + "\n    ]")
+        operators.append(f'  "{operator}": {{\n' + ",\n".join(parts) + "\n  }")
+    return "{\n" + ",\n".join(operators) + "\n}\n"
+
+
+def _write(path: Path, table: Table) -> None:
+    staging = path.with_suffix(".json.new")
+    staging.write_text(dump(table))
+    os.replace(staging, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune")
+    parser.add_argument("--operator", choices=OPERATORS)
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--dry-run", action="store_true", help="write no table")
+    options = parser.parse_args()
+    if INTERPRETED or not torch.cuda.is_available():
+        sys.exit("error: torch sees no GPU, and configurations are measured on one")
+    device = torch.device("cuda")
+    ends = time.monotonic() + 60 * options.minutes
+    arch = architecture(device)
+    table = {
+        o: {s: list(r) for s, r in t.items()} for o, t in configs.table(arch).items()
+    }
+    path = configs.TABLES / f"{arch}.json"
+    chosen = OPERATORS if options.operator is None else (options.operator,)
+    for operator in chosen:
+        for scheme, rows in table[operator].items():
+            for index, row in enumerate(rows):
+                if time.monotonic() > ends:
+                    sys.exit("out of time; what was found is written")
+                tokens = MANY if row.max_m is None else (row.max_m,)
+                cost = cost_on_device(operator, scheme, tokens, device)
+                before = cost(row.config)
+                config, after = tuned(row.config, cost, ends)
+                what = f"{operator} {scheme} M <= {row.max_m or 'any'}"
+                print(f"{what}: {before * 1e6:.1f} to {after * 1e6:.1f} us, {config}")
+                rows[index] = Row(row.max_m, config)
+                if not options.dry_run:
+                    _write(path, table)
+
+
+if __name__ == "__main__":
+    main()

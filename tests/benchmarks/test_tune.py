@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning as far as it goes without a GPU: the search, and the file it writes."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+# In a process of its own: Triton decides at its import whether kernels are interpreted.
+SEARCH = """
+import json, math, time
+from benchmarks import tune
+from vllm_lowbit.kernels.gpu import configs
+from vllm_lowbit.kernels.gpu.configs import LinearConfig
+
+tried = []
+def cost(config):
+    tried.append(config)
+    if config.stages == 6:
+        return math.inf
+    return abs(math.log2(config.block_n / 128)) + 0.1 * config.split_k + 1
+
+start = LinearConfig(16, 64, 4, 2, True, split_k=4)
+best, found = tune.tuned(start, cost, math.inf)
+assert (best.block_n, best.split_k) == (128, 1), best
+assert found == cost(best) and len(set(tried)) == len(tried) - 1
+unchanged, _ = tune.tuned(start, cost, time.monotonic() - 1)
+assert unchanged == start
+worth_nothing, _ = tune.tuned(start, lambda c: 1 - 0.005 * (c.warps == 8), math.inf)
+assert worth_nothing == start
+
+for arch in (*configs.architectures(), configs.FALLBACK):
+    written = json.loads(tune.dump(tune.copied(configs.table(arch))))
+    read = {
+        o: {s: tuple(configs._row(row) for row in r) for s, r in t.items()}
+        for o, t in written.items()
+    }
+    assert read == configs.table(arch)
+"""
+# Results of configurations agree, and a wrong one is out, whatever its time.
+COST = """
+import math, torch
+from benchmarks import tune
+from vllm_lowbit.kernels.gpu.configs import LinearConfig
+
+tune.SHAPES = ((24, 256),)
+tune.seconds = lambda prepare, device: 2.0
+for operator in tune.OPERATORS:
+    for scheme in tune.GROUPS:
+        cost = tune.cost_on_device(operator, scheme, (5,), torch.device("cpu"))
+        assert cost(LinearConfig(16, 16, 4, 2, True)) == 2.0, (operator, scheme)
+        assert cost(LinearConfig(32, 16, 4, 2, False)) == 2.0
+        assert cost(LinearConfig(17, 16, 4, 2, True)) == math.inf  # no power of two
+real = tune.Arms.integer
+tune.Arms.integer = lambda self, count, group, config: [
+    lambda: real(self, count, group, config)[0]() * config.block_m
+]
+cost = tune.cost_on_device("linear_w4a4", "channel", (5,), torch.device("cpu"))
+assert cost(LinearConfig(16, 16, 4, 2, True)) == 2.0
+assert cost(LinearConfig(32, 16, 4, 2, True)) == math.inf
+"""
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env={**clean, **environment},
+    )
+
+
+@pytest.mark.parametrize("program", [SEARCH, COST], ids=["search", "cost"])
+def test_without_a_gpu(program: str) -> None:
+    result = _run("-c", program, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_no_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = _run("-m", "benchmarks.tune")
+    assert result.returncode == 1
+    assert "torch sees no GPU" in result.stderr
