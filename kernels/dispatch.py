@@ -20,8 +20,8 @@ class Row:
     Attributes:
         operator: name of the operator, a folder of this package.
         backend: ``cpu`` (compiled for the instruction sets of CPUs), ``triton``
-            (compiled for the GPU at hand, see ``gpu/configs.py``) or ``generic``
-            (plain torch).
+            (compiled for the GPU at hand, see ``gpu/configs.py``), ``blas`` (the GPU's
+            library) or ``generic`` (plain torch).
         devices: torch device types it runs on.
         refuse: says why it cannot run a case, or None when it can.
     """
@@ -98,9 +98,10 @@ TABLE: tuple[Row, ...] = (
     Row("linear_experts", "triton", ("cuda",), _triton(_expert_bits)),
     Row("linear_experts", "generic", ("cpu",), _expert_bits),
     Row("linear_tiled", "cpu", ("cpu",), _compiled(_any)),
+    Row("linear_tiled", "blas", ("cuda",), _any),
     Row("linear_tiled", "generic", ("cpu",), _any),
     Row("quantize_weight", "cpu", ("cpu",), _compiled(_any)),
-    Row("quantize_weight", "generic", ("cpu",), _any),
+    Row("quantize_weight", "generic", ("cpu", "cuda"), _any),
     Row("kv4_store", "cpu", ("cpu",), _compiled(_head_dim)),
     Row("kv4_store", "triton", ("cuda",), _triton(_head_dim)),
     Row("kv4_store", "generic", ("cpu",), _head_dim),

@@ -17,6 +17,7 @@ from .kv4_store import generic as store_generic
 from .linear_experts import cpu as experts_cpu
 from .linear_experts import generic as experts_generic
 from .linear_packed.cpu import linear_packed
+from .linear_tiled import blas as tiled_blas
 from .linear_tiled import cpu as tiled_cpu
 from .linear_tiled import generic as tiled_generic
 from .linear_w4a4.generic import linear_w4a4
@@ -60,6 +61,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("linear_experts", "triton"): on_call(f"{EXPERTS}.linear_experts_w4a4"),
     ("linear_experts", "generic"): experts_generic.linear_experts,
     ("linear_tiled", "cpu"): tiled_cpu.linear_tiled,
+    ("linear_tiled", "blas"): tiled_blas.linear_tiled,
     ("linear_tiled", "generic"): tiled_generic.linear_tiled,
     ("quantize_weight", "cpu"): weight_cpu.quantize_weight,
     ("quantize_weight", "generic"): weight_generic.quantize_weight,

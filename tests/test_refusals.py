@@ -99,6 +99,17 @@ def test_engine_arguments_refused(
     assert str(error.value).startswith(expected)
 
 
+def test_float32_on_a_gpu(engine_config: Config, monkeypatch: Any) -> None:
+    for dtype in ("float32", "bfloat16"):
+        config = engine_config(dtype=dtype)
+        monkeypatch.setattr(config.device_config, "device_type", "cuda")
+        if dtype == "bfloat16":
+            refuse(config)
+            continue
+        with pytest.raises(UnsupportedError, match="--dtype float32 is not supported"):
+            refuse(config)
+
+
 @pytest.mark.parametrize("vocab_bits", [8, 16])
 def test_head_in_another_dtype(vocab_bits: int, engine_config: Config) -> None:
     """vLLM would multiply by the head's weight itself."""

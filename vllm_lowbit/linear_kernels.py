@@ -13,6 +13,7 @@ from .kernels.grid import IntGrid
 from .kernels.linear_w4a4.cpu import pack, unpack_rows
 from .kernels.linear_w4a4.generic import prepare
 
+HALVES = (torch.bfloat16, torch.float16)
 # What either backend keeps on a layer.
 _TENSORS = ("weight", "weight_scale", "weight_zero", "weight_sum")
 
@@ -200,13 +201,12 @@ class TritonLinear:
     ) -> torch.Tensor:
         spec, grid = self.spec, self.spec.activations
         if grid is None:
+            half = x.dtype if x.dtype in HALVES else out_dtype
             if spec.order > 1 or input_scale is not None:
-                rotated = torch.ops.lowbit.hadamard(
-                    x, input_scale, spec.order, spec.stride
-                )
-                x = rotated.to(x.dtype)
+                x = torch.ops.lowbit.hadamard(x, input_scale, spec.order, spec.stride)
+            # The matrix units take 16 bits.
             return torch.ops.lowbit.gpu_linear_wna16(
-                x,
+                x.to(half),
                 layer.weight,
                 layer.weight_scale,
                 layer.weight_zero,

@@ -14,9 +14,6 @@ from .kernels.grid import IntGrid
 from .kernels.implementations import implementation
 from .schema import Rotation, Rotations, Scheme, Weights
 
-_transform = implementation("hadamard")
-_quantize_weight = implementation("quantize_weight")
-
 # Linears as vLLM fuses them, and the parts whose output rows they stack.
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -24,6 +21,15 @@ FUSED = {
     "o_proj": ("o_proj",),
     "down_proj": ("down_proj",),
 }
+
+
+def _transform(
+    x: torch.Tensor, input_scale: torch.Tensor | None, order: int, stride: int
+) -> torch.Tensor:
+    """``H (input_scale * x)`` of the rows of x, where x is."""
+    return implementation("hadamard", x.device.type)(
+        x.contiguous(), input_scale, order, stride
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,7 @@ def quantize_linear(
     codes = weight.new_empty(n, k, dtype=torch.int8)
     scale = weight.new_empty(n, groups, dtype=torch.float32)
     zero_point = weight.new_empty(n, groups, dtype=torch.int32)
+    quantize = implementation("quantize_weight", weight.device.type)
     # A few rows at a time: float copies of a whole layer would cost more memory than
     # quantizing saves. An output transform keeps its blocks of rows together.
     end = 0
@@ -187,7 +194,7 @@ def quantize_linear(
         start, end = end, end + size
         for first in range(start, end, step):
             rows = slice(first, min(first + step, end))
-            codes[rows], scale[rows], zero_point[rows] = _quantize_weight(
+            codes[rows], scale[rows], zero_point[rows] = quantize(
                 fold(weight[rows], around, input_scale), grid, weights.group_size
             )
     return QuantizedWeight(

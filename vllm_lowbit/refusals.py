@@ -74,6 +74,12 @@ def _unsupported_options(
             "the head is quantized or rotated",
         ),
         (
+            vllm_config.device_config.device_type != "cpu"
+            and model.dtype == torch.float32,
+            "--dtype float32",
+            "the matrix units of a GPU take 16 bits; use bfloat16 or float16",
+        ),
+        (
             model.is_multimodal_model,
             "a multimodal model",
             "only text models",

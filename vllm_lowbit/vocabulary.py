@@ -34,7 +34,6 @@ from .worker_metrics import load_time
 # vLLM gives the embedding of a Llama no name.
 _EMBEDDING = "model.embed_tokens"
 _GRID = IntGrid(VOCABULARY.bits, VOCABULARY.symmetric)
-_quantize_weight = implementation("quantize_weight")
 
 
 def vocabulary_method(
@@ -201,7 +200,8 @@ class LoadTimeVocabularyMethod(Int8VocabularyMethod):
         loaded = layer.shard_indices.num_org_elements * weight.shape[1]
         check_loaded(layer, f"layer {self.name}", loaded)
         check_finite(weight, f"{self.name}.weight")
-        codes, scale, _ = _quantize_weight(weight, _GRID, None)
+        quantize = implementation("quantize_weight", weight.device.type)
+        codes, scale, _ = quantize(weight, _GRID, None)
         self._keep(layer, codes, scale)
 
 

@@ -52,7 +52,7 @@ def test_nothing_else_is_implemented() -> None:
 def test_compiled_kernels_come_first(operator: str) -> None:
     backends = [row.backend for row in TABLE if row.operator == operator]
     assert backends[-1] == "generic"
-    assert backends[:-1] in ([], ["cpu"], ["cpu", "triton"])
+    assert backends[:-1] in ([], ["cpu"], ["cpu", "triton"], ["cpu", "blas"])
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def test_compiled_kernels_come_first(operator: str) -> None:
         "hadamard_quantize",
         "linear_w4a4",
         "linear_wna16",
+        "linear_experts",
         "kv4_store",
         "kv4_attention",
     ],
@@ -82,11 +83,18 @@ def test_cpu_always_has_a_backend(operator: str) -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+def test_a_gpu_always_has_a_backend(operator: str) -> None:
+    backends = {"linear_tiled": "blas", "quantize_weight": "generic"}
+    assert select(operator, "cuda").backend == backends.get(operator, "triton")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_device_without_a_backend(operator: str) -> None:
     with pytest.raises(ValueError) as error:
         select(operator, "xpu")
     assert f"no backend runs {operator} on xpu" in str(error.value)
-    assert "generic: runs on cpu, not on xpu" in str(error.value)
+    assert "cpu: runs on cpu, not on xpu" in str(error.value)
+    assert "generic: runs on cpu" in str(error.value)
 
 
 def test_unknown_operator() -> None:

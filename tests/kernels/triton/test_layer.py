@@ -4,11 +4,17 @@
 Activations are quantized by the kernels of the CPU here: an op follows its tensors.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
+from vllm_lowbit import load_time
 from vllm_lowbit.kernels.grid import IntGrid
+from vllm_lowbit.kernels.implementations import IMPLEMENTATIONS
 from vllm_lowbit.linear_kernels import GenericLinear, LinearSpec, TritonLinear
+from vllm_lowbit.load_time import LinearRotations
+from vllm_lowbit.schema import Rotation, Weights
 
 
 def quantized(
@@ -46,6 +52,48 @@ def test_as_the_generic_backend(
     # Weight-only: the rotated activations are rounded to float16 first.
     bound = 2e-3 if activations is None else 1e-6
     assert (actual - generic).abs().max() <= bound * generic.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_vocabulary_inside_a_rotation(dtype: torch.dtype) -> None:
+    """Its input is float32, which no matrix unit takes."""
+    grid = IntGrid(8)
+    kernel, layer = TritonLinear(LinearSpec(40, 128, grid)), torch.nn.Module()
+    codes, scale, _ = quantized(grid, 40, 128, 0)
+    kernel.keep(layer, codes, scale, None)
+    x = torch.randn(3, 128)
+    out = kernel.multiply(layer, x, None, None, dtype)
+    expected = x @ (codes.float() * scale).t()
+    assert out.dtype == dtype
+    assert (out.float() - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_quantized_while_loading(
+    group_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the transform of a GPU: another rounding now and then, nothing else."""
+    weight = torch.randn(80, 128).bfloat16()
+    around = LinearRotations(
+        Rotation(apply="folded", order=32, block=32),
+        Rotation(apply="online", order=4, block=128, scaled=True),
+        Rotation(apply="folded", order=16, block=16),
+    )
+    arguments = [80], [around], Weights(bits=4, group_size=group_size)
+    expected = load_time.quantize_linear(weight, *arguments)
+
+    def on_gpu(operator: str, device: str) -> Any:
+        backend = {"hadamard": "triton", "quantize_weight": "generic"}[operator]
+        return IMPLEMENTATIONS[operator, backend]
+
+    monkeypatch.setattr(load_time, "implementation", on_gpu)
+    actual = load_time.quantize_linear(weight, *arguments)
+    assert torch.equal(actual.input_scale, expected.input_scale)
+    moved = (actual.codes.int() - expected.codes.int()).abs()
+    assert moved.float().mean() < 0.02
+    ratio = actual.scale / expected.scale
+    # The clip search may take the next of its 16 ratios where two are as good.
+    assert ((ratio - 1).abs() < 1e-3).float().mean() > 0.95
 
 
 def test_rows_of_a_vocabulary() -> None:
