@@ -191,10 +191,13 @@ def _capped(
 @pytest.mark.parametrize(
     ("name", "section", "on_disk"),
     [
-        ("rtn", {}, True),
         ("gptaq", {}, True),
         ("ostquant", {"learn": {"steps": 2, "tokens_per_step": 1024}}, False),
-        ("lowbit", {"refine": {"scope": "model", "steps": 2}}, False),
+        pytest.param("rtn", {}, True, marks=pytest.mark.slow),
+        pytest.param(
+            *("lowbit", {"refine": {"scope": "model", "steps": 2}}, False),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_takes_less_than_its_estimate(

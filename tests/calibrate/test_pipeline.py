@@ -71,7 +71,6 @@ def _check_served_as_calibrated(out: Path, recipe: Recipe, report: Report) -> No
         ("rtn", {}),
         ("gptq", {"scheme": "w4a16-g128"}),
         ("quarot", {"scheme": "w4a8kv4", "vocab_bits": 8}),
-        ("quarot-gptq", {}),
         ("quarot-gptq", {"scheme": "w2a16-g64"}),
         ("quarot-gptq", {"scheme": "w6a6", "seed": 5}),
         ("smoothquant", {}),
