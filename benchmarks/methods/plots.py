@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .cells import MAIN_SCHEME, MODELS, SCHEMES
-from .protocol import MAIN_TEXT, TEXTS
+from .protocol import TEXTS
 from .store import Store
 from .summary import Row, rows
 
@@ -79,7 +79,7 @@ def _figure(
 def _methods(scheme: str, panels: dict[tuple[str, str], list[Row]]) -> list[str]:
     """Those of a scheme that were measured, the worst on the first model first."""
     order = {
-        row.method: row.gap[MAIN_TEXT].mean
+        row.method: row.mean_gap.mean
         for model in reversed(MODELS)
         for row in panels[scheme, model]
     }
