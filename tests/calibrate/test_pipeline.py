@@ -290,7 +290,7 @@ def _refused(
 def test_text_that_is_too_short(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("One line only.\n")
-    message = r"short\.txt: has \d+ tokens, 20 windows of 128 need 2560"
+    message = r"short\.txt: has \d+ tokens, 10 windows of 128 need 1280"
     _refused(tmp_path, ConfigError, message, text=text)
 
 
