@@ -2,7 +2,7 @@
 """What a backend keeps of the linears of all experts, and how it multiplies."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -14,9 +14,20 @@ from .kernels.linear_w4a4.cpu import PackedWeight, pack
 from .kernels.linear_w4a4.generic import prepare
 from .linear_kernels import LinearSpec, quantized
 
+# What a packed weight of any backend is kept as.
+_PACKED = ("weight", "weight_scale", "weight_zero", "weight_sum")
 
-class ExpertsKernel(Protocol):
-    """One backend's way with one linear of every expert."""
+
+class ExpertsKernel:
+    """One backend's way with one linear of every expert.
+
+    Args:
+        spec: of one expert's linear.
+        name: of the linear, before the names of its parameters.
+    """
+
+    def __init__(self, spec: LinearSpec, name: str) -> None:
+        self.spec, self.name = spec, name
 
     def keep(
         self,
@@ -33,6 +44,7 @@ class ExpertsKernel(Protocol):
             scale: float32 ``[experts, n, groups]``.
             zero_point: integer ``[experts, n, groups]``, None when symmetric.
         """
+        raise NotImplementedError
 
     def multiply(
         self,
@@ -51,18 +63,27 @@ class ExpertsKernel(Protocol):
             routing: of the pairs.
             input_scale: float32 ``[k]`` or ``[experts, k]``, or None.
         """
+        raise NotImplementedError
+
+    def _kept(self, layer: Any, *kinds: str) -> list[torch.Tensor | None]:
+        """Parameters of :meth:`keep`, None for one that there is not."""
+        return [getattr(layer, f"{self.name}_{kind}", None) for kind in kinds]
+
+    def _of_inputs(self) -> tuple[int, int, int, bool]:
+        """Order and stride of their transform, bits and symmetry of their grid."""
+        spec, grid = self.spec, self.spec.activations
+        if grid is None:
+            return spec.order, spec.stride, 16, False
+        return spec.order, spec.stride, grid.bits, grid.symmetric
+
+    @property
+    def _clip_ratio(self) -> float:
+        grid = self.spec.activations
+        return 1.0 if grid is None else grid.clip_ratio
 
 
-class GenericExperts:
-    """int8 codes, one byte each.
-
-    Args:
-        spec: of one expert's linear.
-        name: of the linear, before the names of its parameters.
-    """
-
-    def __init__(self, spec: LinearSpec, name: str) -> None:
-        self.spec, self.name = spec, name
+class GenericExperts(ExpertsKernel):
+    """int8 codes, one byte each."""
 
     def keep(
         self,
@@ -83,29 +104,21 @@ class GenericExperts:
         routing: Routing,
         input_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        spec, grid = self.spec, self.spec.activations
         return torch.ops.lowbit.linear_experts_generic(
             x,
             rows,
             routing.offsets,
             input_scale,
-            spec.order,
-            spec.stride,
-            16 if grid is None else grid.bits,
-            grid is not None and grid.symmetric,
-            getattr(layer, f"{self.name}_weight"),
-            getattr(layer, f"{self.name}_weight_scale"),
-            spec.weights.max_difference,
+            *self._of_inputs(),
+            *self._kept(layer, "weight", "weight_scale"),
+            self.spec.weights.max_difference,
             x.dtype,
-            1.0 if grid is None else grid.clip_ratio,
+            self._clip_ratio,
         )
 
 
-class CpuExperts:
-    """Packed codes, as the compiled kernels read them; arguments as GenericExperts."""
-
-    def __init__(self, spec: LinearSpec, name: str) -> None:
-        self.spec, self.name = spec, name
+class CpuExperts(ExpertsKernel):
+    """Packed codes, as the compiled kernels read them."""
 
     def keep(
         self,
@@ -128,33 +141,22 @@ class CpuExperts:
         routing: Routing,
         input_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        spec, grid = self.spec, self.spec.activations
         return torch.ops.lowbit.linear_experts_packed(
             x,
             rows,
             routing.offsets,
             input_scale,
-            spec.order,
-            spec.stride,
-            16 if grid is None else grid.bits,
-            grid is not None and grid.symmetric,
-            getattr(layer, f"{self.name}_weight"),
-            getattr(layer, f"{self.name}_weight_scale"),
-            getattr(layer, f"{self.name}_weight_zero", None),
-            getattr(layer, f"{self.name}_weight_sum"),
-            spec.n,
-            spec.weights.bits,
+            *self._of_inputs(),
+            *self._kept(layer, *_PACKED),
+            self.spec.n,
+            self.spec.weights.bits,
             x.dtype,
-            1.0 if grid is None else grid.clip_ratio,
+            self._clip_ratio,
         )
 
 
-class TritonExperts:
-    """Packed codes, as the GPU kernels read them; arguments as GenericExperts."""
-
-    def __init__(self, spec: LinearSpec, name: str) -> None:
-        self.spec, self.name = spec, name
-        self.widen = spec.activations is not None
+class TritonExperts(ExpertsKernel):
+    """Packed codes, as the GPU kernels read them."""
 
     def keep(
         self,
@@ -170,7 +172,7 @@ class TritonExperts:
                 scale[expert],
                 zero,
                 self.spec.weights.bits,
-                widen=self.widen,
+                widen=self.spec.activations is not None,
             )
 
         _set(layer, self.name, _stacked(packed, len(codes)))
@@ -190,10 +192,7 @@ class TritonExperts:
             experts = torch.searchsorted(routing.offsets[1:], pairs, right=True)
             x = x[rows].float() * input_scale[experts]
             rows, input_scale = pairs, None
-        weight, scale, zero, total = (
-            getattr(layer, f"{self.name}_{kind}", None)
-            for kind in ("weight", "weight_scale", "weight_zero", "weight_sum")
-        )
+        weight, scale, zero, total = self._kept(layer, *_PACKED)
         if grid is None:
             if spec.order > 1 or input_scale is not None:
                 x = torch.ops.lowbit.hadamard(x, input_scale, spec.order, spec.stride)
@@ -222,9 +221,7 @@ class TritonExperts:
         )
 
 
-EXPERT_KERNELS: dict[
-    str, type[GenericExperts] | type[CpuExperts] | type[TritonExperts]
-] = {
+EXPERT_KERNELS: dict[str, type[ExpertsKernel]] = {
     "generic": GenericExperts,
     "cpu": CpuExperts,
     "triton": TritonExperts,
