@@ -102,7 +102,7 @@ class Calibration:
         self.record = CalibrationRecord()
         samples, scheme = recipe.data.samples, config.scheme
         self.quantizer = StageQuantizer(
-            self.models, scheme, recipe.weights, samples, self.chunk
+            self.models, scheme, recipe.rounding, samples, self.chunk
         )
         options = OmniQuantOptions.of(recipe.omniquant, scheme, recipe.seed)
         learns_scales = recipe.weights.method == "omniquant" and options.let
@@ -291,9 +291,9 @@ class Calibration:
         def training(what: str) -> None:
             self.progress(index * self.per_layer, self.total, what)
 
-        residual = self.transforms.residual
+        residual, ranges = self.transforms.residual, None
         if self.recipe.weights.method == "omniquant":
-            layer, transforms = self.omniquant.run(
+            ranges, transforms = self.omniquant.run(
                 _module(index), on_device, residual, transforms, streams, training
             )
         exact = fold_layer(on_device, self.shape, residual, transforms)
@@ -305,8 +305,7 @@ class Calibration:
         folded = {
             name: self.scratch.keep(exact.pop(name).float()) for name in list(exact)
         }
-        if self.recipe.weights.method != "omniquant":
-            layer = self.quantizer.run(prefix, folded, floats, streams, starting)
+        layer = self.quantizer.run(prefix, folded, floats, streams, starting, ranges)
         if self.recipe.refine.scope == "layer":
             block = Block(
                 self.models, folded, streams, self.recipe.data.samples, self.chunk

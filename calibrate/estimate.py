@@ -227,10 +227,10 @@ class Estimator:
     def _rounding(self) -> int:
         """Of the layer's codes, the largest Hessian, and the largest matrix."""
         square = max(self.columns) ** 2
-        method = self.recipe.weights.method
+        method = self.recipe.rounding.method
         sums = factor = 0
         if method in GPTQ_METHODS:
-            ordered = self.recipe.weights.act_order
+            ordered = self.recipe.rounding.act_order
             sums = (2 * _DOUBLE if ordered else _DOUBLE + _FLOAT) * square
             factor = _FLOAT * square
         if method == "gptaq":
@@ -293,8 +293,8 @@ class Estimator:
         pass_ = self._forward(self.seq_len)
         passes = 2 * self.tokens
         seconds = self.model / speed.rounded
-        if recipe.weights.method in GPTQ_METHODS:
-            both = 2 if recipe.weights.method == "gptaq" else 1
+        if recipe.rounding.method in GPTQ_METHODS:
+            both = 2 if recipe.rounding.method == "gptaq" else 1
             passes += (1 + both) * self.samples
             squares = 2 * both * self.samples * self.squares
             columns = sum(2 * n * k * k for n, k in self.matrices)

@@ -14,6 +14,7 @@ import torch
 from ..errors import CalibrationError
 from ..kernels.grid import IntGrid, decode
 from ..kernels.quantize_weight.reference import best_clip
+from .quantize import Ranges
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,12 @@ def gptq(
     grid: IntGrid,
     group_size: int | None,
     block_size: int,
+    ranges: Ranges | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize a weight so that its outputs on the calibration inputs change least.
 
-    Scales come from the MSE clip search on the weight as it was (static groups), so
-    the order of columns leaves no trace in the result's format.
+    Scales are fixed before the first column (static groups), so the order of columns
+    leaves no trace in the result's format.
 
     Args:
         weight: float32 ``[n, k]``.
@@ -132,14 +134,17 @@ def gptq(
         grid: the codes to use.
         group_size: elements of k that share a scale; None for whole rows.
         block_size: columns between two updates of the rest.
+        ranges: of the groups; None takes those of the MSE clip search.
 
     Returns:
         codes int8 ``[n, k]``, scale float32 and zero_point int32 ``[n, groups]``.
     """
     n, k = weight.shape
     size = k if group_size is None else group_size
-    scale, zero_point = best_clip(weight.reshape(-1, size), grid)
-    scale, zero_point = scale.view(n, -1), zero_point.view(n, -1)
+    if ranges is None:
+        best = best_clip(weight.reshape(-1, size), grid)
+        ranges = best[0].view(n, -1), best[1].view(n, -1)
+    scale, zero_point = ranges
     codes = _round_columns(weight, compensation, grid, scale, zero_point, block_size)
     return codes, scale, zero_point
 

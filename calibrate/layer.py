@@ -9,7 +9,7 @@ import torch
 from ..kernels.grid import IntGrid
 from ..schema import Scheme
 from .gptq import Compensation, GPTQOptions, Hessian, gptq
-from .quantize import Add, QuantizedMatrix, round_to_nearest
+from .quantize import Add, QuantizedMatrix, Ranges, round_to_nearest
 from .recipe_sections import WeightMethod
 from .scratch import Scratch
 from .stages import RESIDUAL_STAGES, DecoderStages
@@ -165,6 +165,7 @@ class StageQuantizer:
         floats: Tensors,
         streams: Streams,
         starting: Callable[[str], None],
+        ranges: Mapping[str, Ranges] | None = None,
     ) -> QuantizedLayer:
         """Quantize a layer.
 
@@ -174,6 +175,7 @@ class StageQuantizer:
             floats: norm weights and biases as they will be stored.
             streams: before the layer.
             starting: called with the name of each linear.
+            ranges: by linear; None where their method finds its own.
         """
         plain_weights = {name: tensor.float() for name, tensor in folded.items()}
         weights = {name: tensor.float() for name, tensor in floats.items()}
@@ -193,7 +195,8 @@ class StageQuantizer:
             for name in names:
                 starting(prefix + name)
                 weight = plain_weights[f"{name}.weight"]
-                linears[name] = self._quantize(weight, compensation)
+                fixed = None if ranges is None else ranges[name]
+                linears[name] = self._quantize(weight, compensation, fixed)
                 decoded = linears[name].decoded()
                 weights[f"{name}.weight"] = self.models.scratch.keep(decoded)
             if stage == "o_input" and compensation is not None:
@@ -214,14 +217,18 @@ class StageQuantizer:
         return torch.cat([served.chosen(weights, p) for p in x.split(self.chunk)])
 
     def _quantize(
-        self, weight: torch.Tensor, compensation: Compensation | None
+        self,
+        weight: torch.Tensor,
+        compensation: Compensation | None,
+        ranges: Ranges | None,
     ) -> QuantizedMatrix:
         weights = self.scheme.weights
         if compensation is None:
-            return round_to_nearest(weight, weights)
+            return round_to_nearest(weight, weights, ranges)
         grid = IntGrid(weights.bits, weights.symmetric)
         size, block = weights.group_size, self.options.block_size
-        return QuantizedMatrix(grid, *gptq(weight, compensation, grid, size, block))
+        done = gptq(weight, compensation, grid, size, block, ranges)
+        return QuantizedMatrix(grid, *done)
 
     def _hessian(
         self,

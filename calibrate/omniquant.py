@@ -17,8 +17,8 @@ from ..kernels.grid import TINY, IntGrid
 from ..kernels.quantize_weight.reference import best_clip
 from ..schema import Scheme
 from .block import Block
-from .layer import LayerModels, QuantizedLayer, Streams, Tensors
-from .quantize import QuantizedMatrix
+from .layer import LayerModels, Streams, Tensors
+from .quantize import Ranges
 from .recipe_sections import OmniQuant as Settings
 from .record import CalibrationRecord
 from .stages import LINEARS
@@ -120,15 +120,11 @@ class ClippedMatrix:
         return on_grid(rows * (1.0 / scale), self.grid, scale, zero_point).flatten(-2)
 
     @torch.no_grad()
-    def quantized(self, weight: torch.Tensor) -> QuantizedMatrix:
-        """A weight ``[n, k]`` on the grid."""
+    def ranges(self, weight: torch.Tensor) -> Ranges:
+        """Those that a weight ``[n, k]`` is stored with."""
         rows = weight.unflatten(-1, (self.high.shape[1], -1))
         scale, zero_point = self.parameters(rows)
-        zero_point = zero_point.to(torch.int32)
-        codes = self.grid.encode(rows, scale, zero_point).flatten(-2)
-        return QuantizedMatrix(
-            self.grid, codes, scale.squeeze(-1), zero_point.squeeze(-1)
-        )
+        return scale.squeeze(-1), zero_point.squeeze(-1).to(torch.int32)
 
 
 class LearnedBlock:
@@ -206,20 +202,13 @@ class LearnedBlock:
         return weights
 
     @torch.no_grad()
-    def quantized(self) -> QuantizedLayer:
-        """The layer as it would be stored now."""
+    def ranges(self) -> dict[str, Ranges]:
+        """Of every linear, as they are now."""
         folded = self.folded()
-        return QuantizedLayer(
-            linears={
-                name: clip.quantized(folded[f"{name}.weight"])
-                for name, clip in self.clips.items()
-            },
-            floats={
-                name: tensor.to(self.tensors[name].dtype)
-                for name, tensor in folded.items()
-                if tensor.dim() == 1
-            },
-        )
+        return {
+            name: clip.ranges(folded[f"{name}.weight"])
+            for name, clip in self.clips.items()
+        }
 
 
 class OmniQuant:
@@ -254,8 +243,8 @@ class OmniQuant:
         transforms: LayerTransforms,
         streams: Streams,
         progress: Callable[[str], None],
-    ) -> tuple[QuantizedLayer, LayerTransforms]:
-        """Train and quantize one layer.
+    ) -> tuple[dict[str, Ranges], LayerTransforms]:
+        """Train one layer.
 
         Args:
             name: of the layer, such as ``model.layers.0``.
@@ -266,7 +255,7 @@ class OmniQuant:
             progress: called with what is being done.
 
         Returns:
-            The layer, and the transforms that were folded into it.
+            What its linears are rounded to, and the transforms to fold into it.
 
         Raises:
             CalibrationError: naming layer and step when a loss is not finite.
@@ -298,4 +287,4 @@ class OmniQuant:
 
         block.train(learned.weights, groups, training, self.record, shown)
         with torch.no_grad():
-            return learned.quantized(), learned.transforms()
+            return learned.ranges(), learned.transforms()

@@ -12,6 +12,8 @@ from ..kernels.quantize_weight.reference import quantize_weight
 from ..schema import Weights
 
 Add = Callable[[str, torch.Tensor], None]
+# Scale, float32, and zero point, int32, of every group of a matrix: ``[n, groups]``.
+Ranges = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,21 @@ class QuantizedMatrix:
             add(f"{name}.weight_zero_point", self.zero_point.to(torch.int8))
 
 
-def round_to_nearest(weight: torch.Tensor, weights: Weights) -> QuantizedMatrix:
-    """A matrix ``[n, k]`` rounded on its own, clipped for least squared error."""
+def round_to_nearest(
+    weight: torch.Tensor, weights: Weights, ranges: Ranges | None = None
+) -> QuantizedMatrix:
+    """A matrix ``[n, k]`` rounded on its own.
+
+    Args:
+        weight: the matrix.
+        weights: its grid.
+        ranges: of the groups; None clips them for least squared error.
+    """
     grid = IntGrid(weights.bits, weights.symmetric)
-    done = quantize_weight(weight.float(), grid, weights.group_size)
-    return QuantizedMatrix(grid, *done)
+    if ranges is None:
+        done = quantize_weight(weight.float(), grid, weights.group_size)
+        return QuantizedMatrix(grid, *done)
+    scale, zero_point = ranges
+    rows = weight.float().unflatten(-1, (scale.shape[1], -1))
+    codes = grid.encode(rows, scale.unsqueeze(-1), zero_point.unsqueeze(-1))
+    return QuantizedMatrix(grid, codes.flatten(-2), scale, zero_point)

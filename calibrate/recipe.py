@@ -165,6 +165,13 @@ class Recipe(StrictModel):
         }
         return validate(type(self), data, "recipe")
 
+    @property
+    def rounding(self) -> WeightMethod:
+        """How codes are found, once what is learned is."""
+        if self.weights.method != "omniquant":
+            return self.weights
+        return WeightMethod(method=self.omniquant.rounding)
+
     def training_samples(self) -> int:
         """Windows that anything is fitted to."""
         refined = self.refine.samples if self.refine.scope == "model" else None

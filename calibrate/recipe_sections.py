@@ -156,6 +156,8 @@ class OmniQuant(StrictModel):
     """Also follow the float block on quantized inputs; None: for 2-bit weights."""
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     """None: 40 for 2-bit weights, else 20."""
+    rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
+    """To the learned ranges, at the end; rtn as published."""
     batch: Batch = 4
     """Windows of a step."""
     clip_rate: Rate = 1e-2

@@ -9,21 +9,28 @@ import pytest
 import torch
 
 from vllm_lowbit.calibrate.block import Block, through
-from vllm_lowbit.calibrate.layer import LayerModels, QuantizedLayer, Streams
+from vllm_lowbit.calibrate.layer import (
+    LayerModels,
+    QuantizedLayer,
+    StageQuantizer,
+    Streams,
+)
 from vllm_lowbit.calibrate.omniquant import (
     ClippedMatrix,
     LearnedBlock,
     OmniQuant,
     OmniQuantOptions,
 )
+from vllm_lowbit.calibrate.quantize import round_to_nearest
 from vllm_lowbit.calibrate.recipe_sections import OmniQuant as Settings
+from vllm_lowbit.calibrate.recipe_sections import WeightMethod
 from vllm_lowbit.calibrate.record import CalibrationRecord
 from vllm_lowbit.calibrate.stages import LINEARS
-from vllm_lowbit.calibrate.transforms import Dense, LayerTransforms
+from vllm_lowbit.calibrate.transforms import Dense, LayerTransforms, fold_layer
 from vllm_lowbit.errors import CalibrationError
 from vllm_lowbit.kernels.grid import IntGrid
 from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
-from vllm_lowbit.schema import scheme_from_name
+from vllm_lowbit.schema import Weights, scheme_from_name
 
 Make = Callable[..., Any]
 TRAINED = 128
@@ -39,15 +46,17 @@ def _weight(rows: int = 24, columns: int = 64) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("groups", [1, 2])
 def test_training_uses_the_scales_that_are_stored(
     bits: int, symmetric: bool, groups: int
 ) -> None:
     grid, weight = IntGrid(bits, symmetric), _weight()
-    clip = ClippedMatrix(weight, grid, 64 // groups)
+    size: Any = None if groups == 1 else 64 // groups
+    clip = ClippedMatrix(weight, grid, size)
     clip.high += torch.randn(clip.high.shape) * 2
     clip.low -= torch.randn(clip.low.shape).abs() * 4
-    stored = clip.quantized(weight)
+    weights = Weights(bits=bits, symmetric=symmetric, group_size=size)
+    stored = round_to_nearest(weight, weights, clip.ranges(weight))
     assert torch.equal(stored.decoded(), clip.decoded(weight))
     assert stored.scale.dtype == torch.float32 and bool((stored.scale > 0).all())
     for values in (stored.codes, stored.zero_point):
@@ -61,10 +70,10 @@ def test_the_whole_range_is_the_grids_own(symmetric: bool) -> None:
     clip = ClippedMatrix(weight, grid, None)
     clip.high += 100.0
     clip.low += 100.0
-    stored = clip.quantized(weight)
-    scale, zero_point = grid.parameters(weight)
-    assert torch.allclose(stored.scale, scale, rtol=1e-6)
-    assert torch.equal(stored.zero_point, zero_point)
+    scale, zero_point = clip.ranges(weight)
+    whole, its_zero_point = grid.parameters(weight)
+    assert torch.allclose(scale, whole, rtol=1e-6)
+    assert torch.equal(zero_point, its_zero_point)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -74,11 +83,11 @@ def test_it_starts_at_the_clip_search(
     bits: int, symmetric: bool, group_size: int | None
 ) -> None:
     grid, weight = IntGrid(bits, symmetric), _weight()
-    start = ClippedMatrix(weight, grid, group_size).quantized(weight)
+    start, _ = ClippedMatrix(weight, grid, group_size).ranges(weight)
     scale = quantize_weight(weight, grid, group_size)[1]
     # But for those that would keep more than 0.982 of the range.
-    assert bool(((start.scale / scale - 1).abs() < 0.02).all())
-    assert float(((start.scale / scale - 1).abs() < 1e-5).float().mean()) > 0.4
+    assert bool(((start / scale - 1).abs() < 0.02).all())
+    assert float(((start / scale - 1).abs() < 1e-5).float().mean()) > 0.4
 
 
 def test_published_settings_by_scheme() -> None:
@@ -155,14 +164,16 @@ def _run(
     )
     options = OmniQuantOptions.of(chosen, scheme_from_name(scheme), 0)
     method = OmniQuant(both, scheme_from_name(scheme), options, TRAINED, 8, record)
-    layer, _ = method.run(
-        "model.layers.0",
-        tensors,
-        None,
-        LayerTransforms(),
-        streams or _streams(),
-        lambda what: None,
+    streams = streams or _streams()
+    ranges, transforms = method.run(
+        "model.layers.0", tensors, None, LayerTransforms(), streams, lambda what: None
     )
+    rounding = WeightMethod(method=chosen.rounding)
+    quantizer = StageQuantizer(both, scheme_from_name(scheme), rounding, TRAINED, 8)
+    folded = fold_layer(tensors, both.served.shape, None, transforms)
+    folded = {name: tensor.float() for name, tensor in folded.items()}
+    floats = {name: tensor for name, tensor in folded.items() if tensor.dim() == 1}
+    layer = quantizer.run("", folded, floats, streams, lambda name: None, ranges)
     return layer, record
 
 
@@ -196,6 +207,25 @@ def test_a_trained_block_is_closer_than_at_its_start(
     assert error(layer) < 0.995 * error(start)
     curve = json.loads(record.text())["curves"]["omniquant.model.layers.0"]
     assert curve[-1][1] < curve[0][1]
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "gptaq"])
+def test_rounding_to_the_learned_ranges(
+    rounding: str, models: Make, layer_tensors: Make
+) -> None:
+    """The ranges are those of rtn, and the block's output is closer."""
+    both, tensors, streams = models(), layer_tensors(), _streams()
+    nearest, _ = _run(both, tensors, "w3a16", epochs=2)
+    layer, _ = _run(both, tensors, "w3a16", epochs=2, rounding=rounding)
+    for name in LINEARS:
+        assert torch.equal(layer.linears[name].scale, nearest.linears[name].scale)
+    wanted = through(both.plain, tensors, streams.plain[TRAINED:])
+
+    def error(candidate: QuantizedLayer) -> float:
+        out = through(both.served, candidate.weights(), streams.served[TRAINED:])
+        return float((out - wanted).square().mean())
+
+    assert error(layer) < 0.9 * error(nearest)
 
 
 def test_second_loss_follows_the_float_block_on_quantized_inputs(
