@@ -84,6 +84,9 @@ class Learn(StrictModel):
     """Rounded to windows; null: by the size of the model."""
     quantize_weights: bool = False
     """Whether weights are rounded to nearest meanwhile, or in float."""
+    extra_weight_bits: Annotated[int, Field(ge=0, le=4)] = 0
+    """Beyond the scheme's, 8 in all at most. A linear is then about as far off as GPTQ
+    will leave it, which rounding to nearest alone is not."""
 
     @field_validator("top_k", "renormalise")
     @classmethod
@@ -92,12 +95,21 @@ class Learn(StrictModel):
             raise ValueError("has an effect with loss kl_top only, remove it")
         return value
 
+    @field_validator("extra_weight_bits")
+    @classmethod
+    def _needs_rounding(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and not info.data.get("quantize_weights"):
+            raise ValueError("has an effect with quantize_weights true only, remove it")
+        return value
+
     def mapping(self, transforms: Transforms) -> dict[str, Any]:
         """Every key that has an effect with these transforms."""
         data = self.model_dump()
         unused: set[str] = set()
         if self.loss != "kl_top":
             unused |= {"top_k", "renormalise"}
+        if not self.extra_weight_bits:
+            unused.add("extra_weight_bits")
         return {
             key: value
             for key, value in data.items()

@@ -66,7 +66,8 @@ def learn_transforms(
     parameters = start(source.shape, recipe, fixed, layers, teacher)
     weights = None
     if recipe.learn.quantize_weights:
-        grid = IntGrid(scheme.weights.bits, scheme.weights.symmetric)
+        bits = min(8, scheme.weights.bits + recipe.learn.extra_weight_bits)
+        grid = IntGrid(bits, scheme.weights.symmetric)
         weights = grid, scheme.weights.group_size
     model = LearningModel(
         config,

@@ -112,6 +112,7 @@ BAD = [
     ("refine: {scope: none, batch: 3}", 1, "refine.batch: has no effect with scope"),
     ("refine: {scope: layer, top_k: 3}", 1, "top_k: has no effect with scope layer"),
     ("transforms:\n  equalize: true\n  smooth: 0.5", 3, "scales that equalize sets"),
+    ("learn:\n  extra_weight_bits: 1", 2, "effect with quantize_weights true only"),
     # Values of the training sections.
     ("transforms: {smooth: 1.5}", 1, "transforms.smooth: Input should be less than"),
     ("refine: {scope: all}", 1, "'none', 'model' or 'layer', got 'all'"),

@@ -238,7 +238,12 @@ class TestLearn:
         )
         section = yaml.safe_load(rotations.text())["learn"]
         assert "scale_lr" not in section and "top_k" not in section
-        for recipe in (scales, rotations):
+        learn = {"quantize_weights": True, "extra_weight_bits": 1}
+        finer = Recipe.model_validate(
+            {"transforms": {"scales": "learned"}, "learn": learn}
+        )
+        assert yaml.safe_load(finer.text())["learn"]["extra_weight_bits"] == 1
+        for recipe in (scales, rotations, finer):
             assert parse_recipe(recipe.text().encode(), "r.yaml") == recipe
 
     @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ ROTATIONS = ALL | {"scales": "none"}
     [
         (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02}, 0.9),
         (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02, "quantize_weights": True}, 0.9),
+        (ALL, {"quantize_weights": True, "extra_weight_bits": 1}, 0.9),
         (ALL, {"rotation_lr": 0.1, "scale_lr": 0.02, "loss": "mse"}, 0.9),
         # Most of a cross entropy is the text's own, which no rotation lowers.
         (ROTATIONS, {"rotation_lr": 0.05, "loss": "cross_entropy"}, 1),
