@@ -2,6 +2,7 @@
 """What a config may not say is refused by name; RoPE is what vLLM computes."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,20 @@ LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 PHI3 = "Phi3ForCausalLM"
 MIXTRAL, QWEN3_MOE = "MixtralForCausalLM", "Qwen3MoeForCausalLM"
+GEMMA2 = "Gemma2ForCausalLM"
+GEMMAS = (GEMMA2,)
 EVERY = tuple(ARCHITECTURES)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FULL, SLIDING = "full_attention", "sliding_attention"
 REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
     (EVERY, "model_type", "gpt2", "'{model_type}'"),
-    (EVERY, "hidden_act", "gelu", "'silu' or null"),
+    (tuple({*EVERY} - {*GEMMAS}), "hidden_act", "gelu", "'silu' or null"),
+    (GEMMAS, "hidden_act", "silu", "'gelu_pytorch_tanh' or null"),
+    (GEMMAS, "hidden_activation", "gelu", "'gelu_pytorch_tanh' or null"),
+    (GEMMAS, "mlp_bias", True, "false or null"),
+    (GEMMAS, "layer_types", [FULL, "chunked"], f"a list of '{FULL}' and '{SLIDING}'"),
+    (GEMMAS, "layer_types", FULL, f"a list of '{FULL}' and '{SLIDING}', or null"),
+    ((GEMMA2,), "tie_word_embeddings", False, "true or null"),
     (EVERY, "is_causal", False, "true or null"),
     (EVERY, "use_bidirectional_attention", True, "false or null"),
     (EVERY, "attention_chunk_size", 1024, "null"),
@@ -130,11 +139,12 @@ def test_params_json_is_not_read(
     assert config.model_config.hf_config.model_type == "mistral"
 
 
+@pytest.mark.parametrize("name", [PHI3, GEMMA2])
 @pytest.mark.parametrize("kind", ["longrope", "su", "yarn", "linear"])
-def test_phi3_has_no_other_rope(kind: str) -> None:
+def test_some_have_no_other_rope(name: str, kind: str) -> None:
     rope = {"type": kind, "factor": 4.0}
-    assert refusal(PHI3, "rope_scaling", rope).startswith(
-        f"m/config.json: rope_scaling.rope_type {kind!r} is not supported with {PHI3}; "
+    assert refusal(name, "rope_scaling", rope).startswith(
+        f"m/config.json: rope_scaling.rope_type {kind!r} is not supported with {name}; "
         "supported: default"
     )
 
@@ -144,7 +154,8 @@ def test_what_transformers_writes_by_itself_is_not_refused(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, name).config_class(architectures=[name])
     assert architecture_of(config.to_dict(), "x") is ARCHITECTURES[name]
-    neutral = {"hidden_act": "silu", "logit_scale": 1, "is_causal": True, "bias": None}
+    neutral = {"logit_scale": 1, "is_causal": True, "bias": None}
+    neutral["hidden_act"] = ARCHITECTURES[name].activation
     config = {**config.to_dict(), **neutral}
     assert architecture_of(config, "x") is ARCHITECTURES[name]
 
@@ -206,7 +217,7 @@ def test_rope_is_that_of_vllm(name: str, rope: dict[str, Any]) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE]
+    scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE, GEMMA2]
 )
 def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) -> Path:
     """A checkpoint of each architecture but Llama."""
@@ -214,7 +225,8 @@ def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) 
 
 
 def _keys(name: str) -> dict[str, Any]:
-    of_experts = {
+    own = {
+        GEMMA2: {"tie_word_embeddings": True},
         MIXTRAL: {"num_local_experts": 2},
         QWEN3_MOE: {
             "num_experts": 2,
@@ -222,7 +234,7 @@ def _keys(name: str) -> dict[str, Any]:
             "moe_intermediate_size": 64,
         },
     }
-    return {"architecture": name, "hidden_size": 256, **of_experts.get(name, {})}
+    return {"architecture": name, "hidden_size": 256, **own.get(name, {})}
 
 
 MLP = {MIXTRAL: "block_sparse_moe", QWEN3_MOE: "mlp"}
@@ -244,6 +256,9 @@ def own(directory: Path) -> list[str]:
         names.append(f"{MLP[architecture.name]}.gate.weight")
     if architecture.qk_norm:
         names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    if architecture.output_norms:
+        names += ["pre_feedforward_layernorm.weight"]
+        names += ["post_feedforward_layernorm.weight"]
     return [f"model.layers.1.{name}" for name in names]
 
 
@@ -281,6 +296,24 @@ def test_tensors_of_an_architecture_are_needed(
         rewrite(source, lambda t, n=name: t.pop(n))
         with pytest.raises(CheckpointError, match=f"are missing, first {name}"):
             check(source)
+
+
+def test_an_embedding_that_vllm_holds_is_finite(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    lowbit_checkpoint: Callable[..., Path],
+    rewrite: Callable[..., Path],
+) -> None:
+    """No layer method of ours sees it."""
+    plain = tiny_model(tmp_path / "plain", **_keys(GEMMA2))
+    packed = lowbit_checkpoint(tmp_path / "packed", plain)
+    for directory in (plain, packed):
+        rewrite(directory, lambda t: t["model.embed_tokens.weight"][3].fill_(math.nan))
+    message = "model.embed_tokens.weight of .* holds a non-finite value"
+    with pytest.raises(CheckpointError, match=message):
+        check(plain)
+    with pytest.raises(CheckpointError, match=message):
+        require_headers(packed, *read_checkpoint(packed))
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def _run(
     options = OmniQuantOptions.of(chosen, scheme_from_name(scheme), 0)
     method = OmniQuant(both, scheme_from_name(scheme), options, TRAINED, 8, record)
     layer, _ = method.run(
-        "model.layers.0",
+        0,
         tensors,
         None,
         LayerTransforms(),
