@@ -101,7 +101,7 @@ class ReferenceModel:
         self.scheme_name = self.config.scheme.name if self.config else "float"
         hf_config = model_config(model, self.shape)
         self.eps = float(hf_config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(hf_config)
+        self.rotary = RotaryEmbedding(hf_config, self.shape)
         self.own = self.shape.architecture
         reader = WeightReader(Path(model), self.shape, self.config, stored, dtype)
         self.tensors = reader.norms() | reader.routers()
@@ -120,12 +120,11 @@ class ReferenceModel:
         """
         lengths = [len(token_ids)] if lengths is None else list(lengths)
         x = self.look_up(token_ids)
-        cos, sin = self._cos_sin(lengths)
         residual = torch.zeros_like(x)
         for layer in range(self.shape.num_layers):
             prefix = f"model.layers.{layer}."
             h, residual = self._add_norm(x, residual, prefix + "input_layernorm")
-            x = self._attention(h, layer, cos, sin, lengths)
+            x = self._attention(h, layer, lengths)
             h, residual = self._add_norm(x, residual, prefix + self.own.mlp_norm)
             x = self._feed_forward(h, prefix)
         h, _ = self._add_norm(x, residual, "model.norm")
@@ -151,7 +150,7 @@ class ReferenceModel:
         if kind == "self_attn":
             h, _ = self._add_norm(stream, start, prefix + "input_layernorm")
             lengths, layer = [len(stream)], int(module.rpartition(".")[2])
-            return self._attention(h, layer, *self._cos_sin(lengths), lengths)
+            return self._attention(h, layer, lengths)
         h, _ = self._add_norm(stream, start, prefix + self.own.mlp_norm)
         return self._feed_forward(h, prefix)
 
@@ -187,10 +186,12 @@ class ReferenceModel:
         gate_up = self._run(f"{name}.gate_up_proj", h)
         return self._run(f"{name}.down_proj", self._gated(gate_up))
 
-    def _cos_sin(self, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every position, ``[tokens, head_dim]`` each."""
+    def _cos_sin(
+        self, layer: int, lengths: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every position in a layer, ``[tokens, head_dim]`` each."""
         positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-        cos, sin = self.rotary(torch.empty(0), positions)
+        cos, sin = self.rotary(torch.empty(0), positions, layer)
         return self._round(cos[0]), self._round(sin[0])
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
@@ -232,12 +233,7 @@ class ReferenceModel:
         return self._round(x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1))
 
     def _attention(
-        self,
-        h: torch.Tensor,
-        layer: int,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        lengths: list[int],
+        self, h: torch.Tensor, layer: int, lengths: list[int]
     ) -> torch.Tensor:
         """What the attention of a layer adds to the stream."""
         shape, prefix = self.shape, f"model.layers.{layer}."
@@ -248,6 +244,7 @@ class ReferenceModel:
         if shape.architecture.qk_norm:
             q = self._norm(q, prefix + "self_attn.q_norm")
             k = self._norm(k, prefix + "self_attn.k_norm")
+        cos, sin = self._cos_sin(layer, lengths)
         q, k = (self._rope(t, cos, sin) for t in (q, k))
         attend: Callable[..., torch.Tensor] = _attend
         if self.config is not None and self.config.scheme.kv_cache.bits == 4:

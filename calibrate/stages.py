@@ -93,13 +93,13 @@ class DecoderStages:
         self.shape, self.stages = shape, stages_of(shape)
         self.online = online or Online()
         self.eps = float(config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config).to(device)
-        self.window = shape.window_of(0)
+        self.rotary = RotaryEmbedding(config, shape).to(device)
+        self.layer, self.window = 0, shape.window_of(0)
 
     def at(self, layer: int) -> "DecoderStages":
         """The pieces of another layer, by its index."""
         other = copy.copy(self)
-        other.window = self.shape.window_of(layer)
+        other.layer, other.window = layer, self.shape.window_of(layer)
         return other
 
     def input_of(
@@ -313,7 +313,7 @@ class DecoderStages:
 
     def _rope(self, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-        cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions))
+        cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions, self.layer))
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-high, low), dim=-1) * sin
 

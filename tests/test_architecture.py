@@ -30,6 +30,7 @@ QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
 PHI3 = {"architectures": ["Phi3ForCausalLM"]}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 GEMMA2: dict[str, Any] = {"architectures": ["Gemma2ForCausalLM"]}
+GEMMA3: dict[str, Any] = {"architectures": ["Gemma3ForCausalLM"]}
 FULL, SLIDING = "full_attention", "sliding_attention"
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -108,6 +109,11 @@ def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> ModelShape
             },
             {"full_layers": {0}, "attention_scale": 1 / 12, "attention_cap": 20},
         ),
+        (
+            {**GEMMA3, "sliding_window_pattern": 2, "final_logit_softcapping": 30},
+            {"full_layers": {1}, "attention_cap": None, "logits_cap": 30},
+        ),
+        (GEMMA3, {"full_layers": set(), "sliding_window": 4096, "logits_cap": None}),
         ({"query_pre_attn_scalar": 9}, {"attention_scale": 1 / 8}),
     ],
 )
@@ -120,20 +126,28 @@ def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 NOT_NULL = {  # transformers' config class, or what reads it, refuses these
-    ("Gemma2ForCausalLM", "num_key_value_heads"),
-    ("Gemma2ForCausalLM", "head_dim"),
-    ("Gemma2ForCausalLM", "sliding_window"),
-    ("Gemma2ForCausalLM", "query_pre_attn_scalar"),
-    ("Gemma2ForCausalLM", "tie_word_embeddings"),
     ("MistralForCausalLM", "num_key_value_heads"),
     ("Qwen3ForCausalLM", "head_dim"),
     ("Phi3ForCausalLM", "head_dim"),
     ("MixtralForCausalLM", "num_key_value_heads"),
     ("Qwen3MoeForCausalLM", "num_key_value_heads"),
+    *(
+        (f"Gemma{version}ForCausalLM", key)
+        for version in (2, 3)
+        for key in (
+            "num_key_value_heads",
+            "head_dim",
+            "sliding_window",
+            "sliding_window_pattern",
+            "query_pre_attn_scalar",
+            "tie_word_embeddings",
+        )
+    ),
 }
 OF_EXPERTS = {c["architectures"][0]: c for c in (MIXTRAL, QWEN3_MOE)}
 LEFT_OUT = ("num_key_value_heads", "head_dim", "sliding_window")
 OF_GEMMA = (
+    "sliding_window_pattern",
     "tie_word_embeddings",
     "layer_types",
     "query_pre_attn_scalar",
@@ -193,7 +207,7 @@ def test_other_architectures(architectures: object) -> None:
         f"m/config.json: architectures {architectures!r} is not supported; "
         "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
         "Qwen3ForCausalLM, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, "
-        "Gemma2ForCausalLM"
+        "Gemma2ForCausalLM, Gemma3ForCausalLM"
     )
 
 
@@ -306,6 +320,9 @@ OTHER_KEYS = (
     "layer_types",
     "rope_scaling",
     "rope_theta",
+    "rope_parameters",
+    "query_pre_attn_scalar",
+    "sliding_window_pattern",
 )
 JUNK = st.one_of(
     st.none(),
@@ -323,14 +340,19 @@ JUNK = st.one_of(
 
 
 @settings(max_examples=1000)
-@example({"head_dim": 1})
-@example({"head_dim": MAX_SIZE})
-@example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1})
-@given(st.dictionaries(st.sampled_from([*SIZES, *OTHER_KEYS]), JUNK))
-def test_any_config_is_read_or_refused(keys: dict[str, Any]) -> None:
+@example({"head_dim": 1}, {})
+@example({"head_dim": MAX_SIZE}, {})
+@example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1}, {})
+@given(
+    st.dictionaries(st.sampled_from([*SIZES, *OTHER_KEYS]), JUNK),
+    st.sampled_from([{}, GEMMA2, GEMMA3]),
+)
+def test_any_config_is_read_or_refused(
+    keys: dict[str, Any], base: dict[str, Any]
+) -> None:
     """Also whatever follows from it: bounded work, errors of one kind."""
     try:
-        read = ModelShape.from_config({**config(), **keys}, "config.json")
+        read = ModelShape.from_config({**config(**base), **keys}, "config.json")
         check_scheme(read, W4A4KV4, "config.json")
         rotations = flag_only_rotations(read, W4A4KV4, "config.json")
     except UnsupportedError as error:
@@ -400,6 +422,7 @@ def _in_files(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
         QWEN3_MOE,
         {**QWEN3_MOE, "tie_word_embeddings": True, "head_dim": 32},
         {**GEMMA2, "tie_word_embeddings": True, "attention_bias": True},
+        {**GEMMA3, "tie_word_embeddings": False},
     ],
 )
 def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from vllm_lowbit.checkpoint import check_plain_checkpoint
 from vllm_lowbit.errors import CheckpointError, UnsupportedError
 from vllm_lowbit.inspection import read_checkpoint
 from vllm_lowbit.manifest import require_headers, verify
+from vllm_lowbit.schema import shorten
 from vllm_lowbit.supported_models import ARCHITECTURES, architecture_of
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
@@ -22,7 +23,8 @@ QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 PHI3 = "Phi3ForCausalLM"
 MIXTRAL, QWEN3_MOE = "MixtralForCausalLM", "Qwen3MoeForCausalLM"
 GEMMA2 = "Gemma2ForCausalLM"
-GEMMAS = (GEMMA2,)
+GEMMA3 = "Gemma3ForCausalLM"
+GEMMAS = (GEMMA2, GEMMA3)
 EVERY = tuple(ARCHITECTURES)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -35,6 +37,9 @@ REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
     (GEMMAS, "layer_types", [FULL, "chunked"], f"a list of '{FULL}' and '{SLIDING}'"),
     (GEMMAS, "layer_types", FULL, f"a list of '{FULL}' and '{SLIDING}', or null"),
     ((GEMMA2,), "tie_word_embeddings", False, "true or null"),
+    ((LLAMA, GEMMA3), "attn_logit_softcapping", 50.0, "null"),
+    ((GEMMA3,), "rope_parameters", "default", f"an object with {FULL} and {SLIDING},"),
+    ((GEMMA3,), "rope_local_base_freq", 0, "a number above 0"),
     (EVERY, "is_causal", False, "true or null"),
     (EVERY, "use_bidirectional_attention", True, "false or null"),
     (EVERY, "attention_chunk_size", 1024, "null"),
@@ -90,6 +95,14 @@ ROPE: list[tuple[dict[str, Any], str, object, str]] = [
 ]
 
 
+ROPES: list[tuple[dict[str, Any], str, object, str]] = [
+    ({"rope_type": "default"}, "'rope_type'", "default", f"{FULL} and {SLIDING}"),
+    ({FULL: 5}, FULL, 5, "an object, or null"),
+    ({FULL: YARN}, f"{FULL}.rope_type", "yarn", "default, linear"),
+    ({SLIDING: {"rope_theta": 0}}, f"{SLIDING}.rope_theta", 0, "a number above 0"),
+]
+
+
 def refusal(name: str, key: str, value: object) -> str:
     config = {"architectures": [name], key: value}
     with pytest.raises(UnsupportedError) as error:
@@ -117,6 +130,16 @@ def test_refused_rope(
     assert refusal(QWEN2, key, rope).startswith(
         f"m/config.json: {key}.{inner} {value!r} is not supported with {QWEN2}; "
         f"supported: {supported}"
+    )
+
+
+@pytest.mark.parametrize(("ropes", "inner", "value", "supported"), ROPES)
+def test_refused_rope_of_a_type_of_layer(
+    ropes: dict[str, Any], inner: str, value: object, supported: str
+) -> None:
+    assert refusal(GEMMA3, "rope_parameters", ropes).startswith(
+        f"m/config.json: rope_parameters.{inner} {shorten(value)} is not supported "
+        f"with {GEMMA3}; supported: {supported}"
     )
 
 
@@ -191,33 +214,40 @@ def test_rope_is_that_of_vllm(name: str, rope: dict[str, Any]) -> None:
 
     from vllm_lowbit.calibrate.rotary import RotaryEmbedding
 
-    positions = 256
+    positions, of_all = 256, {"rope_theta": 50_000.0, **rope}
+    of_type = {FULL: of_all, SLIDING: {"rope_type": "default", "rope_theta": 100.0}}
+    by_type = ARCHITECTURES[name].rope_by_type
     if rope["rope_type"] not in ARCHITECTURES[name].rope_types:
         return
     config = getattr(transformers, name).config_class(
         architectures=[name],
         hidden_size=128,
         num_attention_heads=2,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=positions,
-        rope_parameters={"rope_theta": 50_000.0, **rope},
+        rope_parameters=of_type if by_type else of_all,
     )
-    architecture_of(config.to_dict(), "x")
-    cos, sin = RotaryEmbedding(config)(torch.empty(0), torch.arange(positions)[None])
-    with set_current_vllm_config(VllmConfig()):
-        served = get_rope(
-            64,
-            max_position=positions,
-            rope_parameters=config.rope_parameters,
-            dtype=torch.float32,
-        )
-    ours = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
-    theirs = served.cos_sin_cache[:positions]
-    assert (ours - theirs).abs().max() < 1e-4
+    shape = ModelShape.from_config(config.to_dict(), "x")
+    rotary = RotaryEmbedding(config, shape)
+    # Of Gemma 3 the first with a window and the first without.
+    for layer in (0, 5) if by_type else (0,):
+        kind, found = shape.layer_type(layer), config.rope_parameters
+        cos, sin = rotary(torch.empty(0), torch.arange(positions)[None], layer)
+        with set_current_vllm_config(VllmConfig()):
+            served = get_rope(
+                64,
+                max_position=positions,
+                rope_parameters=found[kind] if by_type else found,
+                dtype=torch.float32,
+            )
+        ours = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
+        theirs = served.cos_sin_cache[:positions]
+        assert (ours - theirs).abs().max() < 1e-4
 
 
 @pytest.fixture(
-    scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE, GEMMA2]
+    scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE, *GEMMAS]
 )
 def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) -> Path:
     """A checkpoint of each architecture but Llama."""

@@ -283,9 +283,14 @@ class ModelShape:
         own = self.architecture
         return ["input_layernorm", own.mlp_norm, *own.output_norms.values()]
 
+    def layer_type(self, layer: int) -> str:
+        """What ``layer_types`` of a config calls a layer."""
+        windowed = self.sliding_window is not None and layer not in self.full_layers
+        return SLIDING if windowed else FULL
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a token of a layer attends to, itself included; None for all."""
-        return None if layer in self.full_layers else self.sliding_window
+        return self.sliding_window if self.layer_type(layer) == SLIDING else None
 
     @property
     def attention_scale(self) -> float:

@@ -59,6 +59,7 @@ class Architecture:
         fused: tensors of a plain checkpoint that stack those of several linears, by
             name after ``model.layers.N.``; lowbit checkpoints hold each by itself.
         rope_types: kinds of RoPE it may have.
+        rope_by_type: whether layers of each type have RoPE parameters of their own.
         whole_heads: whether the heads have to share hidden_size evenly.
         defaults: what keys mean that are not in config.json, where a null means
             something else.
@@ -90,6 +91,7 @@ class Architecture:
     full_every_key: str | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    rope_by_type: bool = False
     whole_heads: bool = False
     defaults: Mapping[str, float] = field(default_factory=dict, hash=False)
     experts: Experts | None = None
@@ -206,6 +208,32 @@ ARCHITECTURES = {
             logits_cap="final_logit_softcapping",
             stock_vocabulary=True,
         ),
+        Architecture(
+            name="Gemma3ForCausalLM",
+            model_type="gemma3_text",
+            bias_keys={"attention_bias": _ATTENTION},
+            qk_norm=True,
+            window="by layer",
+            full_every=6,
+            full_every_key="sliding_window_pattern",
+            rope_types=("default", "linear"),
+            rope_by_type=True,
+            defaults={
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "sliding_window": 4096,
+                "query_pre_attn_scalar": 256,
+                "tie_word_embeddings": True,
+            },
+            norm_offset=1.0,
+            mlp_norm="pre_feedforward_layernorm",
+            output_norms=_OUTPUT_NORMS,
+            activation="gelu_pytorch_tanh",
+            activation_keys=("hidden_act", "hidden_activation"),
+            scaled_embedding=True,
+            query_scalar=True,
+            logits_cap="final_logit_softcapping",
+        ),
     )
 }
 
@@ -226,6 +254,8 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "rotary_pct": (1.0,),
     "rotary_emb_fraction": (1.0,),
     "rotary_emb_base": (),
+    # Of Gemma 3, whose models compute no such cap.
+    "attn_logit_softcapping": (),
     # Of mixtures of experts.
     "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,),
@@ -297,6 +327,8 @@ def _refused(
         key: (False,) for key in _BIAS_KEYS if key not in architecture.bias_keys
     }
     neutral |= dict.fromkeys(architecture.activation_keys, (architecture.activation,))
+    if architecture.attention_cap is not None:
+        del neutral[architecture.attention_cap]
     if architecture.stock_vocabulary:
         neutral["tie_word_embeddings"] = (True,)
     if architecture.window == "switched off":
@@ -316,9 +348,33 @@ def _refused(
             yield "layer_types", types, f"a list of {FULL!r} and {SLIDING!r}, or null"
     elif types is not None and types != [FULL] * len(_listed(types)):
         yield "layer_types", types, "'full_attention' in every layer"
-    for key in ("rope_parameters", "rope_scaling"):
-        yield from _refused_rope(key, config.get(key), architecture.rope_types)
+    parameters = config.get("rope_parameters")
+    if architecture.rope_by_type:
+        yield from _refused_ropes(parameters, architecture.rope_types)
+        yield from _not_positive(
+            "rope_local_base_freq", config.get("rope_local_base_freq")
+        )
+    else:
+        yield from _refused_rope("rope_parameters", parameters, architecture.rope_types)
+    scaling = config.get("rope_scaling")
+    yield from _refused_rope("rope_scaling", scaling, architecture.rope_types)
     yield from _not_positive("rope_theta", config.get("rope_theta"))
+
+
+def _refused_ropes(
+    ropes: object, types: tuple[str, ...]
+) -> Iterator[tuple[str, object, str]]:
+    """The same of parameters by type of layer."""
+    key, known = "rope_parameters", " and ".join(LAYER_TYPES)
+    if ropes is None:
+        return
+    if not isinstance(ropes, Mapping):
+        yield key, ropes, f"an object with {known}, or null"
+        return
+    for name, rope in ropes.items():
+        if name not in LAYER_TYPES:
+            yield f"{key}.{shorten(name)}", rope, known
+        yield from _refused_rope(f"{key}.{name}", rope, types)
 
 
 def _refused_rope(

@@ -30,6 +30,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 4.0,
         "final_logit_softcapping": 8.0,
     },
+    "Gemma3ForCausalLM": {
+        "tie_word_embeddings": True,
+        "sliding_window": 20,
+        "sliding_window_pattern": 2,
+    },
 }
 DATA = {"samples": 4, "seq_len": 48}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -51,16 +56,16 @@ def _recipe(name: str) -> Recipe:
     return Recipe.model_validate(recipe._mapping() | changes)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture
 def plain(
-    request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path], rewrite: Any
+    name: str, tmp_path: Path, tiny_model: Callable[..., Path], rewrite: Any
 ) -> Path:
-    """A bfloat16 model; gains of its norms from 0.01 on, channels of all sizes."""
+    """A bfloat16 model; gains of its norms from 0.01 on."""
     directory = tiny_model(
-        tmp_path_factory.mktemp("plain"),
+        tmp_path / "plain",
         tokenizer=True,
-        architecture=request.param,
-        **{"initializer_range": 0.1, **MODELS[request.param]},
+        architecture=name,
+        **{"initializer_range": 0.1, **MODELS[name]},
     )
     generator = torch.Generator().manual_seed(2)
 
@@ -73,30 +78,38 @@ def plain(
     return directory
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_8_bits_compute_the_model(plain: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("Gemma2ForCausalLM", "smoothquant"),
+        ("Gemma2ForCausalLM", "refined"),
+        ("Gemma3ForCausalLM", "omniquant"),
+    ],
+)
+def test_8_bits_compute_the_model(plain: Path, tmp_path: Path, recipe: str) -> None:
     """Whatever is folded, the function stays."""
-    recipe, out = _recipe(name), tmp_path / "out"
-    calibrate(str(plain), out, recipe, default_text(), "cpu")
+    out = tmp_path / "out"
+    calibrate(str(plain), out, _recipe(recipe), default_text(), "cpu")
     ids = torch.arange(48) * 83 % 4096
     expected, logits = (ReferenceModel(str(model))(ids) for model in (plain, out))
     assert (logits - expected).norm() < 0.05 * expected.norm()
-    if name == "refined":
+    if recipe == "refined":
         found = observe(str(plain), str(out), [ids])
         for who in ("checkpoint", "rtn"):
             assert all(0 < error.all < 0.05 for error in found.errors[who].values())
 
 
-@pytest.mark.parametrize("name", ["spinquant", "ostquant", "lowbit-best"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", ["spinquant", "ostquant", "lowbit-best"])
 def test_a_learned_rotation_of_the_stream(
-    plain: Path, tmp_path: Path, name: str
+    plain: Path, tmp_path: Path, recipe: str
 ) -> None:
     message = (
         "config.json: transforms.residual learned: the weights of post_attention_layer"
         "norm and post_feedforward_layernorm of Gemma.* use residual: hadamard"
     )
     with pytest.raises(UnsupportedError, match=message):
-        calibrate(str(plain), tmp_path / "out", _recipe(name), default_text(), "cpu")
+        calibrate(str(plain), tmp_path / "out", _recipe(recipe), default_text(), "cpu")
     assert not (tmp_path / "out").exists()
 
 

@@ -47,6 +47,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 4.0,
         "query_pre_attn_scalar": 48,
     },
+    "gemma3": {
+        "architecture": "Gemma3ForCausalLM",
+        "query_pre_attn_scalar": 48,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {
+                "rope_type": "linear",
+                "rope_theta": 50000.0,
+                "factor": 4.0,
+            },
+        },
+    },
 }
 FINE = {
     "weights": {"bits": 8, "symmetric": True, "group_size": 32},

@@ -36,6 +36,20 @@ GEMMA: dict[str, Any] = {
     "attn_logit_softcapping": 3.0,
     "final_logit_softcapping": 5.0,
 }
+GEMMA3: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 48,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {
+            "rope_type": "linear",
+            "rope_theta": 50000.0,
+            "factor": 4.0,
+        },
+    },
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
@@ -97,6 +111,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "gemma3": {"architecture": "Gemma3ForCausalLM", **GEMMA3},
+    "gemma3, untied, a cap": {
+        "architecture": "Gemma3ForCausalLM",
+        **GEMMA3,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "final_logit_softcapping": 5.0,
     },
     "mixtral": {"architecture": "MixtralForCausalLM", "num_local_experts": 4},
     "qwen3 moe": {

@@ -34,6 +34,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 12.0,
     },
+    "gemma3": {
+        "architecture": "Gemma3ForCausalLM",
+        "tie_word_embeddings": True,
+        "sliding_window": 20,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 48,
+    },
     "mixtral": {"architecture": "MixtralForCausalLM", "num_local_experts": 4},
     "qwen3_moe": {
         "architecture": "Qwen3MoeForCausalLM",
@@ -126,9 +133,9 @@ def test_with_the_flag_alone(check: Any, served_reference: Any, plain: Path) -> 
     check(served_reference("w4a4kv4", directory=str(plain)), plain)
 
 
-@pytest.mark.parametrize("plain", ["qwen2", "qwen3"], indirect=True)
+@pytest.mark.parametrize("plain", ["qwen2", "gemma3"], indirect=True)
 def test_bfloat16(check: Any, served_reference: Any, plain: Path) -> None:
-    """Biases and norms are rounded where the server rounds them."""
+    """Biases, norms and the embedding's scale are rounded where the server rounds."""
     check(served_reference("w4a4kv4", torch.bfloat16, str(plain)), plain)
 
 

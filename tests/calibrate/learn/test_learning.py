@@ -151,6 +151,14 @@ def _check_exact(
             },
             ALL | {"residual": "hadamard"},
         ),
+        (
+            {
+                "architecture": "Gemma3ForCausalLM",
+                "sliding_window": 9,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            ALL | {"residual": "none"},
+        ),
     ],
 )
 def test_exact_in_float64(
