@@ -132,11 +132,12 @@ class ReferenceModel:
         return soft_capped(logits, self.shape.logits_cap).float()
 
     def look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """The residual stream before the first layer, float32 ``[tokens, hidden]``."""
+        """What the residual stream starts with, float32 ``[tokens, hidden]``.
+
+        The first norm sees it before it is rounded into the stream.
+        """
         rows = self._round(self.vocabulary.look_up(token_ids))
-        if not self.own.scaled_embedding:
-            return rows
-        return self._round(rows * embedding_scale(self.shape, self.dtype))
+        return rows * embedding_scale(self.shape, self.dtype)
 
     def block(self, name: str, stream: torch.Tensor) -> torch.Tensor:
         """What one block adds to the residual stream of one sequence.
@@ -163,9 +164,12 @@ class ReferenceModel:
         return self._output_norm(out, prefix, "mlp")
 
     def _output_norm(self, x: torch.Tensor, prefix: str, block: str) -> torch.Tensor:
-        """x after the norm of what a block adds to the stream, where there is one."""
+        """x after the norm of what a block adds to the stream, where there is one.
+
+        The sum that follows sees it before it is rounded.
+        """
         norm = self.own.output_norms.get(block)
-        return x if norm is None else self._norm(x, prefix + norm)
+        return x if norm is None else self._normed(x, prefix + norm)
 
     def _mixture(self, h: torch.Tensor, prefix: str) -> torch.Tensor:
         logits = self._round(
@@ -212,9 +216,12 @@ class ReferenceModel:
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """RMSNorm over the last dimension."""
+        return self._round(self._normed(x, name))
+
+    def _normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """The same before it is rounded."""
         variance = x.pow(2).mean(dim=-1, keepdim=True)
-        normed = x * torch.rsqrt(variance + self.eps)
-        return self._round(normed * self._gain(name))
+        return x * torch.rsqrt(variance + self.eps) * self._gain(name)
 
     def _gain(self, name: str) -> torch.Tensor:
         """What a norm multiplies by, float32."""

@@ -107,7 +107,7 @@ class _ServedReference(ReferenceModel):
         )
         return normed.float(), residual.float()
 
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
         from vllm import ir
 
         weight = self._served_gain(name)
