@@ -38,7 +38,7 @@ from .scratch import Scratch
 from .smooth import smooth_scales
 from .source import Source
 from .stages import RESIDUAL_STAGES, DecoderStages
-from .transforms import LayerTransforms, fold_layer
+from .transforms import LayerTransforms, fold_layer, storable
 from .vocabulary import Vocabulary, plain_vocabulary, served_vocabulary
 from .writer import DTYPES, CheckpointWriter, largest_bytes
 
@@ -181,7 +181,7 @@ class Calibration:
             self.transforms.residual,
             self.scratch,
         )
-        x, y = (self._embedded(v.embedding) for v in (served, plain))
+        x, y = (self._embedded(v) for v in (served, plain))
         layers: list[tuple[QuantizedLayer, Weights]] = []
         for index in range(self.shape.num_layers):
             tensors = self.source.layer(index)
@@ -208,10 +208,11 @@ class Calibration:
         """Takes tensors by their names here."""
         return lambda name, tensor: writer.add(self.shape.stored(name), tensor)
 
-    def _embedded(self, embedding: torch.Tensor) -> torch.Tensor:
+    def _embedded(self, vocabulary: Vocabulary) -> torch.Tensor:
         """Hidden states of every window before the first layer."""
         parts = (
-            embedding[ids].to(self.device) for ids in self.windows.split(self.chunk)
+            vocabulary.look_up(ids).to(self.device)
+            for ids in self.windows.split(self.chunk)
         )
         return self.scratch.collect(parts, len(self.windows))
 
@@ -231,12 +232,12 @@ class Calibration:
             name: self.scratch.keep(t.float().to(self.device))
             for name, t in tensors.items()
         }
-        power = InputPower()
+        power, plain = InputPower(), self.plain.at(index)
         before = []
         for stage in RESIDUAL_STAGES:
             before.append(y)
             parts = (
-                self.plain.update(stage, weights, part, power.add)
+                plain.update(stage, weights, part, power.add)
                 for part in y.split(self.chunk)
             )
             y = self.scratch.collect(parts, len(y))
@@ -250,7 +251,7 @@ class Calibration:
             )
         if self.alpha is not None:
             transforms = smooth_scales(
-                self.plain,
+                plain,
                 weights,
                 (before[0], before[1]),
                 self.transforms.residual,
@@ -258,6 +259,9 @@ class Calibration:
                 self.alpha,
                 self.chunk,
             )
+            if self.shape.architecture.norm_offset:
+                residual = self.transforms.residual
+                transforms = storable(transforms, tensors, self.shape, residual)
         return y, transforms
 
     def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor:
@@ -282,7 +286,7 @@ class Calibration:
         streams: Streams,
     ) -> tuple[QuantizedLayer, Weights]:
         """A layer quantized, and its float32 tensors with the transforms folded in."""
-        prefix, done = _prefix(index), itertools.count(index * self.per_layer)
+        done = itertools.count(index * self.per_layer)
         on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
         def starting(name: str) -> None:
@@ -294,7 +298,7 @@ class Calibration:
         residual, ranges = self.transforms.residual, None
         if self.recipe.weights.method == "omniquant":
             ranges, transforms = self.omniquant.run(
-                _module(index), on_device, residual, transforms, streams, training
+                index, on_device, residual, transforms, streams, training
             )
         exact = fold_layer(on_device, self.shape, residual, transforms)
         floats = {
@@ -305,10 +309,14 @@ class Calibration:
         folded = {
             name: self.scratch.keep(exact.pop(name).float()) for name in list(exact)
         }
-        layer = self.quantizer.run(prefix, folded, floats, streams, starting, ranges)
+        layer = self.quantizer.run(index, folded, floats, streams, starting, ranges)
         if self.recipe.refine.scope == "layer":
             block = Block(
-                self.models, folded, streams, self.recipe.data.samples, self.chunk
+                self.models.at(index),
+                folded,
+                streams,
+                self.recipe.data.samples,
+                self.chunk,
             )
             layer = refine_layer(
                 _module(index),
@@ -329,9 +337,10 @@ class Calibration:
             CalibrationError: naming the layer when it is not finite.
         """
         few = Streams(streams.served[: self.chunk], streams.plain[: self.chunk])
-        for name, errors in layer_errors(self.models, layer, folded, few).items():
+        models = self.models.at(index)
+        for name, errors in layer_errors(models, layer, folded, few).items():
             self.record.layer(_prefix(index) + name, **errors)
-        x = self.models.advance(layer, streams.served, self.chunk)
+        x = models.advance(layer, streams.served, self.chunk)
         if not bool(torch.isfinite(x).all()):
             raise CalibrationError(
                 f"{_module(index)}: its quantized output holds an Inf or NaN"
@@ -363,13 +372,13 @@ class Calibration:
         )
         windows = self.training.to(self.device)
         refined = refine_model(model, windows, self.recipe, self.record, training)
-        x = self._embedded(served.embedding)
-        y = self._served_basis(plain.embedding[self.windows[: self.chunk]])
+        x = self._embedded(served)
+        y = self._served_basis(plain.look_up(self.windows[: self.chunk]))
         y = y.to(self.device)
         for index, (layer, (_, folded)) in enumerate(zip(refined, layers, strict=True)):
             layer.write(self._adding(writer), _prefix(index))
             x = self._advance(index, layer, folded, Streams(x, y))
-            y = through(self.models.plain, folded, y)
+            y = through(self.models.plain.at(index), folded, y)
         return x
 
     def _losses(
@@ -388,9 +397,10 @@ class Calibration:
 
     def _loss(self, x: torch.Tensor, end: Vocabulary, ids: torch.Tensor) -> float:
         norm, head = end.norm.to(self.device), end.head.to(self.device)
+        end = replace(end, norm=norm, head=head)
         total = 0.0
         for states, targets in zip(x, ids, strict=True):
-            logits = functional.linear(self.plain.norm(states[:-1], norm), head)
+            logits = end.logits(self.plain.norm(states[:-1], norm))
             total += float(
                 functional.cross_entropy(logits.double(), targets[1:], reduction="sum")
             )

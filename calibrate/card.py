@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..lowbit_checkpoint import RECIPE
 from ..schema import LowbitConfig, Rotation, Scheme, clipped
 from .files import read_text
+from .plan import residual_is_replaced
 from .recipe import Recipe
 from .strict_yaml import parse_mapping
 from .text import default_text
@@ -158,6 +159,7 @@ def render_card(card: Card) -> str:
         card,
         method="lowbit",
         transforms=_transforms(card),
+        residual_is_replaced=residual_is_replaced(card.recipe, card.config),
         commands=_commands(card),
     )
 

@@ -33,6 +33,8 @@ _LEARNED, _REFINED = 7, 13
 # Of activations that a backward pass keeps, per token, in hidden and in intermediate
 # sizes.
 _KEPT_HIDDEN, _KEPT_INTERMEDIATE = 20, 12
+# Tensors of capped scores: before and after the cap, hidden ones, probabilities.
+_SCORES = 4
 # What torch, the tokenizer and the text take once they are used.
 _LIBRARIES = 200 << 20
 _CGROUP = Path("/sys/fs/cgroup")
@@ -271,15 +273,22 @@ class Estimator:
     def _kept_activations(self, tokens: int) -> int:
         shape = self.shape
         kept = _KEPT_HIDDEN * shape.hidden_size
-        kept += _KEPT_INTERMEDIATE * shape.intermediate_size
+        kept += _KEPT_INTERMEDIATE * shape.intermediate_size + self._scores()
         return tokens * kept * _FLOAT
 
     def _chunk(self) -> int:
         """Of the windows that go through a stage at a time, and of their logits."""
         tokens = max(CHUNK_TOKENS, self.seq_len)
         stage = 8 * self.shape.hidden_size + 5 * self.shape.intermediate_size
+        stage += self._scores()
         logits = 4 * self.seq_len * self.shape.vocab_size * _FLOAT
         return max(tokens * stage * _FLOAT, logits)
+
+    def _scores(self) -> int:
+        """Of a token: attention's scores, which are whole tensors where they are
+        capped."""
+        capped = self.shape.attention_cap is not None
+        return _SCORES * self.shape.num_heads * self.seq_len if capped else 0
 
     def _pending(self) -> int:
         """Of the file that is being filled."""

@@ -2,7 +2,7 @@
 """One decoder layer: quantizing it stage by stage, and what is stored of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -71,6 +71,10 @@ class LayerModels:
     plain: DecoderStages
     scratch: Scratch = field(default_factory=Scratch)
 
+    def at(self, layer: int) -> "LayerModels":
+        """The same of another layer, by its index."""
+        return replace(self, served=self.served.at(layer), plain=self.plain.at(layer))
+
     def advance(
         self, layer: QuantizedLayer, x: torch.Tensor, chunk: int
     ) -> torch.Tensor:
@@ -114,7 +118,8 @@ def layer_errors(
                 "output_error": _relative(out, wanted),
             }
         if stage == "o_input":
-            x, y = x + served[0], y + plain[0]
+            x = models.served.added(stage, weights, x, served[0])
+            y = models.plain.added(stage, folded, y, plain[0])
     return errors
 
 
@@ -135,7 +140,7 @@ class StageQuantizer:
     """``rtn``, ``gptq`` and ``gptaq``: linears in the order they run.
 
     Args:
-        models: the served and the float model.
+        models: the served and the float model, of any layer.
         scheme: grids.
         recipe: method and settings.
         samples: windows to fit to, the first ones.
@@ -150,6 +155,7 @@ class StageQuantizer:
         samples: int,
         chunk: int,
     ) -> None:
+        # Of the layer at hand, once one is.
         self.models, self.scheme, self.recipe = models, scheme, recipe
         self.samples, self.chunk = samples, chunk
         # Of every expert, by its name in the model.
@@ -160,7 +166,7 @@ class StageQuantizer:
 
     def run(
         self,
-        prefix: str,
+        layer: int,
         folded: Tensors,
         floats: Tensors,
         streams: Streams,
@@ -170,13 +176,15 @@ class StageQuantizer:
         """Quantize a layer.
 
         Args:
-            prefix: of the layer's names, for errors.
+            layer: its index.
             folded: its tensors with the transforms folded in.
             floats: norm weights and biases as they will be stored.
             streams: before the layer.
             starting: called with the name of each linear.
             ranges: by linear; None where their method finds its own.
         """
+        prefix = f"model.layers.{layer}."
+        self.models = self.models.at(layer)
         plain_weights = {name: tensor.float() for name, tensor in folded.items()}
         weights = {name: tensor.float() for name, tensor in floats.items()}
         x, y = (s[: self.samples] for s in (streams.served, streams.plain))

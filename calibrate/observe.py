@@ -162,7 +162,7 @@ def observe(
             "mixture of experts; evaluate measures it"
         )
     rotation = _rotation(plain, quantized, checkpoint, base)
-    streams = [plain.vocabulary.look_up(window) for window in windows]
+    streams = [plain.look_up(window) for window in windows]
     models = {
         "checkpoint": _model(quantized, rotation, streams),
         "rtn": _model(_rounded(base, quantized.config), None, streams),

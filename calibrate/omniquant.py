@@ -24,7 +24,14 @@ from .record import CalibrationRecord
 from .stages import LINEARS
 from .straight_through import on_grid, rounded, stored_as
 from .training import Group, Training
-from .transforms import LayerTransforms, Orthogonal, fold_layer, scale_shapes
+from .transforms import (
+    NORM_SCALES,
+    LayerTransforms,
+    Orthogonal,
+    fold_layer,
+    scale_shapes,
+    storable,
+)
 
 # LWC starts with at most sigmoid(4) = 0.982 of a range, as published. Where the clip
 # search that all methods share keeps less, it starts from that.
@@ -180,7 +187,16 @@ class LearnedBlock:
         """With scales and shifts as they are now."""
         learned: dict[str, Any] = {n: s.exp() for n, s in self.log_scales.items()}
         learned |= self.shifts
-        return replace(self.start, **learned)
+        transforms = replace(self.start, **learned)
+        if not learned or not self.shape.architecture.norm_offset:
+            return transforms
+        with torch.no_grad():
+            exact = storable(transforms, self.tensors, self.shape, self.residual)
+        through: dict[str, Any] = {
+            name: learned[name] + (getattr(exact, name) - learned[name]).detach()
+            for name in NORM_SCALES
+        }
+        return replace(transforms, **through)
 
     def _fold(self) -> Tensors:
         folded = fold_layer(self.tensors, self.shape, self.residual, self.transforms())
@@ -215,7 +231,7 @@ class OmniQuant:
     """The method, over the layers in order.
 
     Args:
-        models: the served and the float model.
+        models: the served and the float model, of any layer.
         scheme: grids.
         options: settings.
         samples: windows to train on, the first ones.
@@ -237,7 +253,7 @@ class OmniQuant:
 
     def run(
         self,
-        name: str,
+        layer: int,
         tensors: Tensors,
         residual: Orthogonal | None,
         transforms: LayerTransforms,
@@ -247,8 +263,8 @@ class OmniQuant:
         """Train one layer.
 
         Args:
-            name: of the layer, such as ``model.layers.0``.
-            tensors: of the layer, by name after that.
+            layer: its index.
+            tensors: of the layer, by name after ``model.layers.N.``.
             residual: rotation of the residual stream.
             transforms: where its scales start.
             streams: before the layer.
@@ -260,14 +276,15 @@ class OmniQuant:
         Raises:
             CalibrationError: naming layer and step when a loss is not finite.
         """
-        options = self.options
+        options, models = self.options, self.models.at(layer)
+        name = f"model.layers.{layer}"
         learned = LearnedBlock(
-            self.models, self.scheme, tensors, residual, transforms, options.let
+            models, self.scheme, tensors, residual, transforms, options.let
         )
         with torch.no_grad():
             folded = learned.folded()
         samples = min(self.samples, len(streams.served))
-        block = Block(self.models, folded, streams, samples, self.chunk, options.aug)
+        block = Block(models, folded, streams, samples, self.chunk, options.aug)
         clips = learned.clips.values()
         groups = [Group([t for c in clips for t in (c.high, c.low)], options.clip_rate)]
         if options.let:

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..schema import Provenance
 from .calibration import Announce, Calibration, Progress
 from .learn.snapshot import Snapshot
-from .plan import plan
+from .plan import plan, residual_is_replaced
 from .publish import Report, publish
 from .recipe import Recipe
 from .record import CALIBRATION
@@ -90,7 +90,8 @@ def calibrate(
         run.learn(snapshot)
         losses = run.run(writer)
         tokens, untouched = held_out * (seq_len - 1), run.untouched_experts
-        report = Report(config, *losses, tokens, untouched)
+        replaced = residual_is_replaced(recipe, config)
+        report = Report(config, *losses, tokens, untouched, replaced)
         writer.write_text(CALIBRATION, run.record.text())
         publish(writer, source, recipe, text, report)
     snapshot.remove()

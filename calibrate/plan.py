@@ -52,6 +52,8 @@ def plan(
     check_scheme(shape, scheme, source)
     if shape.num_experts:
         _refuse_for_experts(recipe, f"{source}: {shape.architecture.name}")
+    if shape.architecture.output_norms:
+        recipe = _without_residual(shape, recipe, source)
     return LowbitConfig(
         scheme=scheme,
         rotations=_rotations(shape, recipe, scheme, source),
@@ -73,6 +75,35 @@ def _refuse_for_experts(recipe: Recipe, model: str) -> None:
                 f"{model}: {what} is not supported with a mixture of experts; the "
                 "recipes rtn, gptq, gptaq, quarot, quarot-gptq and lowbit are"
             )
+
+
+def _without_residual(shape: ModelShape, recipe: Recipe, source: str) -> Recipe:
+    """The recipe for a model with norms of what it adds to the residual stream.
+
+    Their weights let no rotation pass. What a Hadamard of the stream does for the
+    inputs of q, k, v and of gate, up, online ones do on those inputs.
+
+    Raises:
+        UnsupportedError: for a rotation that is learned, which cannot run online.
+    """
+    chosen = recipe.transforms
+    if chosen.residual == "learned":
+        norms = " and ".join(shape.architecture.output_norms.values())
+        raise UnsupportedError(
+            f"{source}: transforms.residual learned: the weights of {norms} of "
+            f"{shape.architecture.name} let no rotation of the residual stream pass; "
+            "use residual: hadamard, for which Hadamards run online before q, k, v and "
+            "gate, up, or none; transforms.value and scales may be learned"
+        )
+    if chosen.residual == "none":
+        return recipe
+    update = {"residual": "none", "attn_input": "hadamard", "mlp_input": "hadamard"}
+    return recipe.model_copy(update={"transforms": chosen.model_copy(update=update)})
+
+
+def residual_is_replaced(recipe: Recipe, config: LowbitConfig) -> bool:
+    """Whether a checkpoint has online Hadamards where its recipe rotates the stream."""
+    return recipe.transforms.residual != "none" and config.rotations.residual is None
 
 
 def _rotations(

@@ -37,6 +37,7 @@ class Report:
         held_out_tokens: predicted tokens of those.
         untouched_experts: that no calibration token went through; their weights are
             rounded to nearest.
+        residual_is_replaced: see :func:`.plan.residual_is_replaced`.
     """
 
     config: LowbitConfig
@@ -44,6 +45,7 @@ class Report:
     held_out: Losses
     held_out_tokens: int
     untouched_experts: int = 0
+    residual_is_replaced: bool = False
 
 
 def publish(

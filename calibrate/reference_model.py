@@ -8,6 +8,7 @@ reference" come from it.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from ..schema import LowbitConfig, Scheme
 from ..takeover.checkpoint import check_foreign_checkpoint, read_quantization
 from ..takeover.foreign import ForeignFormat
 from ..verification import Verification
+from .elementwise import activated, embedding_scale, soft_capped
 from .reference_weights import WeightReader
 from .rotary import RotaryEmbedding, model_config
 from .routing import route
@@ -99,7 +101,8 @@ class ReferenceModel:
         self.scheme_name = self.config.scheme.name if self.config else "float"
         hf_config = model_config(model, self.shape)
         self.eps = float(hf_config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(hf_config)
+        self.rotary = RotaryEmbedding(hf_config, self.shape)
+        self.own = self.shape.architecture
         reader = WeightReader(Path(model), self.shape, self.config, stored, dtype)
         self.tensors = reader.norms() | reader.routers()
         self.vocabulary = reader.vocabulary()
@@ -116,20 +119,25 @@ class ReferenceModel:
                 is a single one.
         """
         lengths = [len(token_ids)] if lengths is None else list(lengths)
-        x = self._round(self.vocabulary.look_up(token_ids))
-        cos, sin = self._cos_sin(lengths)
+        x = self.look_up(token_ids)
         residual = torch.zeros_like(x)
         for layer in range(self.shape.num_layers):
             prefix = f"model.layers.{layer}."
             h, residual = self._add_norm(x, residual, prefix + "input_layernorm")
-            h = self._attention(h, prefix, cos, sin, lengths)
-            x = self._run(prefix + "self_attn.o_proj", h)
-            h, residual = self._add_norm(
-                x, residual, prefix + "post_attention_layernorm"
-            )
+            x = self._attention(h, layer, lengths)
+            h, residual = self._add_norm(x, residual, prefix + self.own.mlp_norm)
             x = self._feed_forward(h, prefix)
         h, _ = self._add_norm(x, residual, "model.norm")
-        return self._round(self.vocabulary.logits(h, self.dtype))
+        logits = self.vocabulary.logits(h, self.dtype).to(self.dtype)
+        return soft_capped(logits, self.shape.logits_cap).float()
+
+    def look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """What the residual stream starts with, float32 ``[tokens, hidden]``.
+
+        The first norm sees it before it is rounded into the stream.
+        """
+        rows = self._round(self.vocabulary.look_up(token_ids))
+        return rows * embedding_scale(self.shape, self.dtype)
 
     def block(self, name: str, stream: torch.Tensor) -> torch.Tensor:
         """What one block adds to the residual stream of one sequence.
@@ -138,20 +146,32 @@ class ReferenceModel:
             name: such as ``model.layers.0.self_attn`` or ``model.layers.0.mlp``.
             stream: float32 ``[tokens, hidden]``, before the block's norm.
         """
-        layer, _, kind = name.rpartition(".")
-        prefix, start = f"{layer}.", torch.zeros_like(stream)
+        module, _, kind = name.rpartition(".")
+        prefix, start = f"{module}.", torch.zeros_like(stream)
         if kind == "self_attn":
             h, _ = self._add_norm(stream, start, prefix + "input_layernorm")
-            lengths = [len(stream)]
-            h = self._attention(h, prefix, *self._cos_sin(lengths), lengths)
-            return self._run(prefix + "self_attn.o_proj", h)
-        h, _ = self._add_norm(stream, start, prefix + "post_attention_layernorm")
+            lengths, layer = [len(stream)], int(module.rpartition(".")[2])
+            return self._attention(h, layer, lengths)
+        h, _ = self._add_norm(stream, start, prefix + self.own.mlp_norm)
         return self._feed_forward(h, prefix)
 
     def _feed_forward(self, h: torch.Tensor, prefix: str) -> torch.Tensor:
-        """The MLP of a layer, or its experts, each on the tokens that choose it."""
+        """What the MLP of a layer adds, or its experts, each for its own tokens."""
         if not self.shape.num_experts:
-            return self._mlp(h, prefix + "mlp")
+            out = self._mlp(h, prefix + "mlp")
+        else:
+            out = self._mixture(h, prefix)
+        return self._output_norm(out, prefix, "mlp")
+
+    def _output_norm(self, x: torch.Tensor, prefix: str, block: str) -> torch.Tensor:
+        """x after the norm of what a block adds to the stream, where there is one.
+
+        The sum that follows sees it before it is rounded.
+        """
+        norm = self.own.output_norms.get(block)
+        return x if norm is None else self._normed(x, prefix + norm)
+
+    def _mixture(self, h: torch.Tensor, prefix: str) -> torch.Tensor:
         logits = self._round(
             functional.linear(h, self.tensors[f"{prefix}{ROUTER}.weight"])
         )
@@ -168,12 +188,14 @@ class ReferenceModel:
 
     def _mlp(self, h: torch.Tensor, name: str) -> torch.Tensor:
         gate_up = self._run(f"{name}.gate_up_proj", h)
-        return self._run(f"{name}.down_proj", self._silu_and_mul(gate_up))
+        return self._run(f"{name}.down_proj", self._gated(gate_up))
 
-    def _cos_sin(self, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every position, ``[tokens, head_dim]`` each."""
+    def _cos_sin(
+        self, layer: int, lengths: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every position in a layer, ``[tokens, head_dim]`` each."""
         positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-        cos, sin = self.rotary(torch.empty(0), positions)
+        cos, sin = self.rotary(torch.empty(0), positions, layer)
         return self._round(cos[0]), self._round(sin[0])
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
@@ -194,13 +216,20 @@ class ReferenceModel:
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """RMSNorm over the last dimension."""
-        variance = x.pow(2).mean(dim=-1, keepdim=True)
-        normed = x * torch.rsqrt(variance + self.eps)
-        return self._round(normed * self.tensors[f"{name}.weight"])
+        return self._round(self._normed(x, name))
 
-    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def _normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """The same before it is rounded."""
+        variance = x.pow(2).mean(dim=-1, keepdim=True)
+        return x * torch.rsqrt(variance + self.eps) * self._gain(name)
+
+    def _gain(self, name: str) -> torch.Tensor:
+        """What a norm multiplies by, float32."""
+        return self.tensors[f"{name}.weight"] + self.own.norm_offset
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return self._round(functional.silu(gate) * up)
+        return self._round(activated(gate, self.shape) * up)
 
     def _rope(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -211,14 +240,10 @@ class ReferenceModel:
         return self._round(x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1))
 
     def _attention(
-        self,
-        h: torch.Tensor,
-        prefix: str,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        lengths: list[int],
+        self, h: torch.Tensor, layer: int, lengths: list[int]
     ) -> torch.Tensor:
-        shape = self.shape
+        """What the attention of a layer adds to the stream."""
+        shape, prefix = self.shape, f"model.layers.{layer}."
         qkv = self._run(prefix + "self_attn.qkv_proj", h)
         q, k, v = qkv.unflatten(-1, (-1, shape.head_dim)).split(
             [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1
@@ -226,24 +251,38 @@ class ReferenceModel:
         if shape.architecture.qk_norm:
             q = self._norm(q, prefix + "self_attn.q_norm")
             k = self._norm(k, prefix + "self_attn.k_norm")
+        cos, sin = self._cos_sin(layer, lengths)
         q, k = (self._rope(t, cos, sin) for t in (q, k))
         attend: Callable[..., torch.Tensor] = _attend
         if self.config is not None and self.config.scheme.kv_cache.bits == 4:
             rotate = self.config.rotations.k is not None
             attend = functools.partial(_attend_through_cache, rotate=rotate)
-        attend = functools.partial(attend, window=shape.sliding_window)
+        of_scores = Scores(
+            shape.attention_scale, shape.window_of(layer), shape.attention_cap
+        )
         sequences = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
-        attended = torch.cat([attend(*each) for each in sequences])
-        return self._round(attended.flatten(1))
+        attended = torch.cat([attend(*each, of_scores) for each in sequences])
+        out = self._run(prefix + "self_attn.o_proj", self._round(attended.flatten(1)))
+        return self._output_norm(out, prefix, "self_attn")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How attention's scores are made: a factor, a window, and a soft cap."""
+
+    scale: float
+    window: int | None
+    cap: float | None
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_scores: Scores
 ) -> torch.Tensor:
     """Causal attention of one sequence, in float64: ``[tokens, heads, head_dim]``."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1).double() for t in (k, v))
-    scores = torch.einsum("qhd,thd->hqt", q.double(), k) * q.shape[2] ** -0.5
+    scores = torch.einsum("qhd,thd->hqt", q.double(), k) * of_scores.scale
+    scores, window = soft_capped(scores, of_scores.cap), of_scores.window
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
     if window is not None:
         hidden |= torch.ones_like(hidden).tril(-window)
@@ -252,7 +291,7 @@ def _attend(
 
 
 def _attend_through_cache(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, rotate: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_scores: Scores, rotate: bool
 ) -> torch.Tensor:
     """The same over packed pages, by the operators that are served.
 
@@ -268,5 +307,5 @@ def _attend_through_cache(
     table = torch.arange(blocks, dtype=torch.int32).unsqueeze(0)
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     lengths = starts[1:]
-    scale = head_dim**-0.5
-    return kv4_attention(q, cache, table, starts, lengths, scale, window, None, rotate)
+    scale, window, cap = of_scores.scale, of_scores.window, of_scores.cap
+    return kv4_attention(q, cache, table, starts, lengths, scale, window, cap, rotate)

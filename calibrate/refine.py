@@ -10,7 +10,6 @@ and the cache are quantized as the server does. What is learned is stored exactl
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn import functional
 
 from .block import Block, through
 from .layer import QuantizedLayer, Tensors
@@ -143,10 +142,10 @@ def _logits(
     layers: Sequence[Tensors],
     ids: torch.Tensor,
 ) -> torch.Tensor:
-    x = vocabulary.embedding[ids]
-    for weights in layers:
-        x = through(model, weights, x)
-    return functional.linear(model.norm(x, vocabulary.norm), vocabulary.head)
+    x = vocabulary.look_up(ids)
+    for index, weights in enumerate(layers):
+        x = through(model.at(index), weights, x)
+    return vocabulary.logits(model.norm(x, vocabulary.norm))
 
 
 def groups_of(layers: Sequence[LearnedLayer], options: Refine) -> list[Group]:

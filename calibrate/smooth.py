@@ -14,12 +14,7 @@ import torch
 from ..architecture import ModelShape
 from .equalize import LARGEST
 from .stages import STAGES, DecoderStages
-from .transforms import LayerTransforms, Orthogonal
-
-_NORMS = {
-    "attn_input": "input_layernorm.weight",
-    "mlp_input": "post_attention_layernorm.weight",
-}
+from .transforms import LayerTransforms, Orthogonal, gain, norm_readers
 
 
 def smooth_scales(
@@ -46,23 +41,25 @@ def smooth_scales(
         ``transforms`` with every scale but that of the keys.
     """
     before_attention, before_mlp = streams
+    norms = dict(
+        zip(("attn_input", "mlp_input"), norm_readers(model.shape), strict=True)
+    )
 
     def inputs(stage: str) -> Iterator[torch.Tensor]:
         attention = stage in ("attn_input", "o_input")
         x = before_attention if attention else before_mlp
         for part in x.split(chunk):
-            if residual is not None and stage in _NORMS:
-                norm = torch.ones_like(weights[_NORMS[stage]])
-                yield residual.right(model.norm(part, norm))
+            if residual is not None and stage in norms:
+                yield residual.right(model.normalized(part))
             else:
                 yield model.input_of(stage, weights, part)
 
     def scale(stage: str, group: int = 1, heads: int = 1) -> torch.Tensor:
         largest = [x.abs().flatten(0, -2).amax(dim=0) for x in inputs(stage)]
         matrices = [weights[f"{name}.weight"].double() for name in STAGES[stage]]
-        if residual is not None and stage in _NORMS:
-            gamma = weights[_NORMS[stage]].double()
-            matrices = [residual.right(matrix * gamma) for matrix in matrices]
+        if residual is not None and stage in norms:
+            own = gain(weights[f"{norms[stage]}.weight"].double(), model.shape)
+            matrices = [residual.right(matrix * own) for matrix in matrices]
         columns = torch.cat(matrices).abs().amax(dim=0)
         peak = torch.stack(largest).amax(dim=0).double()
         return _balance(

@@ -6,6 +6,7 @@ quantizers. It uses the serving grids but float GEMMs; ``reference_model.py`` is
 bit-exact mirror of the server.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from ..architecture import ROUTER, ModelShape
 from ..kernels.grid import IntGrid
+from .elementwise import activated, soft_capped
 from .rotary import RotaryEmbedding
 from .routing import route
 from .straight_through import fake_quantize, through_cache
@@ -71,6 +73,9 @@ class Online:
 class DecoderStages:
     """The pieces of one decoder layer; weights are given with each call.
 
+    It is that of the first layer; :meth:`at` gives the others, which differ from it in
+    some models.
+
     Args:
         config: of the model.
         shape: its sizes.
@@ -88,7 +93,14 @@ class DecoderStages:
         self.shape, self.stages = shape, stages_of(shape)
         self.online = online or Online()
         self.eps = float(config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config).to(device)
+        self.rotary = RotaryEmbedding(config, shape).to(device)
+        self.layer, self.window = 0, shape.window_of(0)
+
+    def at(self, layer: int) -> "DecoderStages":
+        """The pieces of another layer, by its index."""
+        other = copy.copy(self)
+        other.layer, other.window = layer, self.shape.window_of(layer)
+        return other
 
     def input_of(
         self,
@@ -113,8 +125,7 @@ class DecoderStages:
         expert, _, stage = stage.rpartition(".")
         if expert:
             x = x[self.sent(expert, weights, x) if sent is None else sent]
-            h = self.norm(x, weights["post_attention_layernorm.weight"])
-            h = rotated(h, self.online.mlp_input)
+            h = rotated(self._mlp_norm(weights, x), self.online.mlp_input)
             return h if stage == "mlp_input" else self._gated(expert, weights, h)
         match stage:
             case "attn_input":
@@ -124,8 +135,7 @@ class DecoderStages:
                 h = self.input_of("attn_input", weights, x)
                 return self._attend(weights, *self.linears("attn_input", weights, h))
             case "mlp_input":
-                h = self.norm(x, weights["post_attention_layernorm.weight"])
-                return rotated(h, self.online.mlp_input)
+                return rotated(self._mlp_norm(weights, x), self.online.mlp_input)
             case "down_input":
                 h = self.input_of("mlp_input", weights, x)
                 return self._gated("mlp", weights, h)
@@ -156,8 +166,7 @@ class DecoderStages:
 
         Arguments as for :meth:`sent`.
         """
-        h = self.norm(x, weights["post_attention_layernorm.weight"])
-        return self._route(weights, h)[1]
+        return self._route(weights, self._mlp_norm(weights, x))[1]
 
     def goes_to(self, expert: str, chosen: torch.Tensor) -> torch.Tensor:
         """bool ``[windows, tokens]``: the tokens that chose an expert."""
@@ -176,16 +185,34 @@ class DecoderStages:
             observe: called with the stage and the unquantized input of its linear.
         """
         if stage == "down_input" and self.shape.num_experts:
-            return x + self._mixture(weights, x, observe)
-        h = self.input_of(stage, weights, x)
-        if observe is not None:
-            observe(stage, h)
-        return x + self.linears(stage, weights, h)[0]
+            out = self._mixture(weights, x, observe)
+        else:
+            h = self.input_of(stage, weights, x)
+            if observe is not None:
+                observe(stage, h)
+            out = self.linears(stage, weights, h)[0]
+        return self.added(stage, weights, x, out)
+
+    def added(
+        self,
+        stage: str,
+        weights: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The residual stream x after the output of a stage that ends in it."""
+        block = "self_attn" if stage == "o_input" else "mlp"
+        norm = self.shape.architecture.output_norms.get(block)
+        return x + (out if norm is None else self.norm(out, weights[f"{norm}.weight"]))
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm."""
+        """RMSNorm with a weight as checkpoints hold it."""
+        return self.normalized(x) * (weight + self.shape.architecture.norm_offset)
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        """RMSNorm without a weight."""
         variance = x.square().mean(dim=-1, keepdim=True)
-        return x * torch.rsqrt(variance + self.eps) * weight
+        return x * torch.rsqrt(variance + self.eps)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """x on the activation grid, per token."""
@@ -207,7 +234,13 @@ class DecoderStages:
         """Input of down, from that of gate and up."""
         names = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
         gate, up = self._linears(names, weights, h)
-        return rotated(functional.silu(gate) * up, self.online.down)
+        return rotated(activated(gate, self.shape) * up, self.online.down)
+
+    def _mlp_norm(
+        self, weights: Mapping[str, torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """What MLP, router and experts read, before any rotation."""
+        return self.norm(x, weights[f"{self.shape.architecture.mlp_norm}.weight"])
 
     def _route(
         self, weights: Mapping[str, torch.Tensor], h: torch.Tensor
@@ -221,8 +254,8 @@ class DecoderStages:
         x: torch.Tensor,
         observe: Observer | None,
     ) -> torch.Tensor:
-        """What the experts add to the residual stream x."""
-        normed = self.norm(x, weights["post_attention_layernorm.weight"])
+        """What the experts make of the residual stream x."""
+        normed = self._mlp_norm(weights, x)
         of_choice, chosen = self._route(weights, normed)
         total = torch.zeros_like(x)
         for index, expert in enumerate(self.shape.mlps()):
@@ -254,23 +287,33 @@ class DecoderStages:
         if self.online.kv4:
             k, v = through_cache(k), through_cache(v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mask = self._mask(q.shape[2], q.device)
-        attended = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        return attended.transpose(1, 2).flatten(2)
+        return self._attended(q, k, v).transpose(1, 2).flatten(2)
 
-    def _mask(self, tokens: int, device: torch.device) -> torch.Tensor | None:
-        """bool ``[tokens, tokens]``, what is attended to; None for all that came."""
-        window = self.shape.sliding_window
-        if window is None or window >= tokens:
-            return None
+    def _attended(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Values for every query, ``[windows, heads, tokens, head_dim]``."""
+        tokens, scale = q.shape[2], self.shape.attention_scale
+        if self.shape.attention_cap is None:
+            whole = self.window is None or self.window >= tokens
+            mask = None if whole else self._mask(tokens, q.device)
+            return functional.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=whole, scale=scale, enable_gqa=True
+            )
+        group = self.shape.num_heads // self.shape.num_kv_heads
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        scores = soft_capped(q @ k.mT * scale, self.shape.attention_cap)
+        hidden = ~self._mask(tokens, q.device)
+        return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ v
+
+    def _mask(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """bool ``[tokens, tokens]``, what is attended to."""
         seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-        return seen.triu(1 - window)
+        return seen if self.window is None else seen.triu(1 - self.window)
 
     def _rope(self, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-        cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions))
+        cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions, self.layer))
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-high, low), dim=-1) * sin
 

@@ -8,10 +8,13 @@ from ..errors import UnsupportedError
 from ..schema import LowbitConfig, Rotation, Scheme
 
 SUPPORTED = "w4a16, w4a16-g32, -g64, -g128 or -g256, and w8a8"
-# Key of a recipe that leaves out an online rotation.
+# Key of a recipe that leaves out an online rotation. A rotation of the residual stream
+# may have become those of attn_input and mlp_input.
 _RECIPE_KEYS = {
     "residual": "transforms.residual",
     "k": "transforms.key",
+    "attn_input": "transforms.residual and attn_input",
+    "mlp_input": "transforms.residual and mlp_input",
     "down_input": "transforms.down_input",
 }
 

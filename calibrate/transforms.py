@@ -11,8 +11,8 @@ reads it.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +22,8 @@ from ..kernels.hadamard.matrices import matrix
 
 Tensors = dict[str, torch.Tensor]
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# Of a layer, in the order of its norms.
+NORM_SCALES = ("attn_scale", "mlp_scale")
 # Up to here one large GEMM is faster than many small ones.
 DENSE_ORDER = 1024
 
@@ -137,7 +139,17 @@ def norm_readers(shape: ModelShape) -> dict[str, tuple[str, ...]]:
     """By norm of a layer the linears that read its output, the router not counted."""
     parts = ("gate_proj", "up_proj")
     of_mlps = tuple(f"{mlp}.{part}" for mlp in shape.mlps() for part in parts)
-    return {"input_layernorm": _QKV, "post_attention_layernorm": of_mlps}
+    return {"input_layernorm": _QKV, shape.architecture.mlp_norm: of_mlps}
+
+
+def gain(weight: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """What an RMSNorm multiplies by, from its weight in a checkpoint."""
+    return weight + shape.architecture.norm_offset
+
+
+def norm_weight(gain: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """What :func:`gain` is the other way round of."""
+    return gain - shape.architecture.norm_offset
 
 
 def fold_layer(
@@ -149,7 +161,8 @@ def fold_layer(
 ) -> Tensors:
     """One decoder layer with its transforms folded in.
 
-    With a residual rotation the norms' weights move into the linears that follow.
+    With a residual rotation the norms' weights move into the linears that follow. Norms
+    of what attention and MLP add stay as they are, and no rotation passes them.
 
     Args:
         tensors: of the layer, by their names after ``model.layers.N.``.
@@ -162,13 +175,14 @@ def fold_layer(
         tensors of that dtype, of the same names and shapes; the arguments stay as they
         are.
     """
+    assert residual is None or not shape.architecture.output_norms
     folded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    scales = (transforms.attn_scale, transforms.mlp_scale)
     online = (transforms.attn_input, transforms.mlp_input)
-    for (norm, readers), scale, rotation in zip(
-        norm_readers(shape).items(), scales, online, strict=True
+    for (norm, readers), name, rotation in zip(
+        norm_readers(shape).items(), NORM_SCALES, online, strict=True
     ):
-        _fold_norm(folded, norm, readers, residual, scale, rotation)
+        scale = getattr(transforms, name)
+        _fold_norm(folded, shape, norm, readers, residual, scale, rotation)
     _fold_keys(folded, shape, transforms.key_scale)
     _fold_values(folded, shape, transforms)
     _rotate_output(folded, "self_attn.o_proj", residual)
@@ -186,24 +200,67 @@ def fold_embedding(weight: torch.Tensor, residual: Orthogonal | None) -> torch.T
 
 
 def fold_head(
-    weight: torch.Tensor, norm: torch.Tensor, residual: Orthogonal
+    weight: torch.Tensor, gain: torch.Tensor, residual: Orthogonal
 ) -> torch.Tensor:
-    """Head ``[vocab, hidden]`` that reads it, the final norm's weight folded in."""
-    return residual.right(weight.double() * norm.double())
+    """Head ``[vocab, hidden]`` that reads it, the final norm's gain folded in."""
+    return residual.right(weight.double() * gain.double())
+
+
+def storable(
+    transforms: LayerTransforms,
+    tensors: Mapping[str, torch.Tensor],
+    shape: ModelShape,
+    residual: Orthogonal | None,
+) -> LayerTransforms:
+    """With norm scales near these that leave norms weights of their own dtype.
+
+    The linears, folded in float64, make up for the difference exactly. It matters most
+    where 1 is added to a weight: near -1 it has few digits left.
+
+    Args:
+        transforms: of a layer.
+        tensors: of the layer, by their names after ``model.layers.N.``, in the dtypes
+            they are stored in.
+        shape: sizes of the model.
+        residual: rotation of the residual stream.
+    """
+    exact: dict[str, Any] = {}
+    for name, norm in zip(NORM_SCALES, norm_readers(shape), strict=True):
+        scale: torch.Tensor | None = getattr(transforms, name)
+        if scale is not None:
+            weight = tensors[f"{norm}.weight"]
+            own = gain(weight.double(), shape)
+            own = torch.ones_like(own) if residual is not None else own
+            exact[name] = _storable(scale, own, weight.dtype, shape)
+    return replace(transforms, **exact)
+
+
+def _storable(
+    scale: torch.Tensor, own: torch.Tensor, dtype: torch.dtype, shape: ModelShape
+) -> torch.Tensor:
+    """The scale near this one with which ``own / scale`` is the gain of a weight of a
+    dtype, and not 0 where the gain itself is not."""
+    offset = shape.architecture.norm_offset
+    least = torch.finfo(dtype).eps / 2 if offset else 0.0
+    wanted = own / scale
+    wanted = torch.where(wanted < 0, wanted.clamp(max=-2 * least), wanted.clamp(least))
+    stored = gain(norm_weight(wanted, shape).to(dtype).double(), shape)
+    return torch.where((stored == 0) | (own == 0), scale, own / stored)
 
 
 def _fold_norm(
     tensors: Tensors,
+    shape: ModelShape,
     norm: str,
     readers: tuple[str, ...],
     residual: Orthogonal | None,
     scale: torch.Tensor | None,
     online: Orthogonal | None,
 ) -> None:
-    gamma = tensors[f"{norm}.weight"]
+    gamma = gain(tensors[f"{norm}.weight"], shape)
     router = f"{ROUTER}.weight"
     names = [f"{reader}.weight" for reader in readers]
-    if norm == "post_attention_layernorm" and router in tensors:
+    if norm == shape.architecture.mlp_norm and router in tensors:
         names.append(router)
     for name in names:
         if residual is not None:
@@ -214,7 +271,8 @@ def _fold_norm(
             tensors[name] = online.right(tensors[name])
     if residual is not None:
         gamma = torch.ones_like(gamma)
-    tensors[f"{norm}.weight"] = gamma if scale is None else gamma / scale
+    gamma = gamma if scale is None else gamma / scale
+    tensors[f"{norm}.weight"] = norm_weight(gamma, shape)
 
 
 def _fold_keys(tensors: Tensors, shape: ModelShape, scale: torch.Tensor | None) -> None:
@@ -225,7 +283,7 @@ def _fold_keys(tensors: Tensors, shape: ModelShape, scale: torch.Tensor | None) 
     if shape.architecture.qk_norm:
         for name, factor in (("k_norm", per_head[0]), ("q_norm", 1 / per_head[0])):
             norm = f"self_attn.{name}.weight"
-            tensors[norm] = tensors[norm] * factor
+            tensors[norm] = norm_weight(gain(tensors[norm], shape) * factor, shape)
         return
     group = shape.num_heads // shape.num_kv_heads
     _scale_rows(tensors, "self_attn.k_proj", per_head.flatten())

@@ -2,17 +2,19 @@
 """Embedding, final norm and head: folded, quantized and written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from ..load_time import check_finite
 from ..lowbit_checkpoint import HEAD_SCALE, VOCABULARY
 from ..schema import Scheme
+from .elementwise import embedding_scale, soft_capped
 from .quantize import Add, QuantizedMatrix, round_to_nearest
 from .scratch import Scratch
 from .source import Source
-from .transforms import Orthogonal, fold_embedding, fold_head
+from .transforms import Orthogonal, fold_embedding, fold_head, gain, norm_weight
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
 # That are folded at a time, in float64.
@@ -28,16 +30,32 @@ class Vocabulary:
         embedding: ``[vocab, hidden]``.
         norm: final norm's weight, ``[hidden]``.
         head: ``[vocab, hidden]``.
+        scale: rows of the embedding are multiplied by it.
+        logits_cap: soft cap of the logits, None for none.
     """
 
     embedding: torch.Tensor
     norm: torch.Tensor
     head: torch.Tensor
+    scale: float = 1.0
+    logits_cap: float | None = None
+
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[..., hidden]`` of token ids ``[...]``."""
+        rows = functional.embedding(ids, self.embedding)
+        return rows if self.scale == 1 else rows * self.scale
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """``[..., vocab]`` of what the final norm returned."""
+        return soft_capped(functional.linear(normed, self.head), self.logits_cap)
 
     def to(self, device: str) -> "Vocabulary":
         """It on a device."""
-        return Vocabulary(
-            self.embedding.to(device), self.norm.to(device), self.head.to(device)
+        return replace(
+            self,
+            embedding=self.embedding.to(device),
+            norm=self.norm.to(device),
+            head=self.head.to(device),
         )
 
 
@@ -57,7 +75,17 @@ def plain_vocabulary(source: Source, scratch: Scratch | None = None) -> Vocabula
     embedding = head = matrix(f"{EMBEDDING}.weight")
     if not source.shape.tie_word_embeddings:
         head = matrix(f"{HEAD}.weight")
-    return Vocabulary(embedding, source.tensor(NORM).float(), head)
+    norm = source.tensor(NORM).float()
+    return _vocabulary(source, embedding, norm, head)
+
+
+def _vocabulary(
+    source: Source, embedding: torch.Tensor, norm: torch.Tensor, head: torch.Tensor
+) -> Vocabulary:
+    """Of float32 tensors, as a server in the dtype of the base model has it."""
+    shape, dtype = source.shape, source.tensor(NORM).dtype
+    scale = embedding_scale(shape, dtype)
+    return Vocabulary(embedding, norm, head, scale, shape.logits_cap)
 
 
 def served_vocabulary(
@@ -72,28 +100,31 @@ def served_vocabulary(
     A tied matrix stays one matrix: the server rotates after the look-up and back before
     the head, which here are folded into the two tables that are returned.
     """
-    norm = source.tensor(NORM)
+    norm, shape = source.tensor(NORM), source.shape
     embedding = source.tensor(f"{EMBEDDING}.weight")
-    stored_norm = norm if residual is None else torch.ones_like(norm)
+    own = gain(norm.float(), shape)
+    stored_norm = norm
+    if residual is not None:
+        stored_norm = norm_weight(torch.ones_like(norm), shape)
     add(NORM, stored_norm)
 
     def into_embedding(rows: torch.Tensor) -> torch.Tensor:
         return fold_embedding(rows, residual)
 
     def into_head(rows: torch.Tensor) -> torch.Tensor:
-        return rows if residual is None else fold_head(rows, norm, residual)
+        return rows if residual is None else fold_head(rows, own, residual)
 
     if source.shape.tie_word_embeddings:
         table = head = _store(add, EMBEDDING, embedding, None, scheme, scratch)
         if residual is not None:
-            add(HEAD_SCALE, norm.float())
+            add(HEAD_SCALE, own)
             table = _as_float(head, scratch, into_embedding)
             head = _as_float(head, scratch, into_head)
-        return Vocabulary(table, stored_norm.float(), head)
+        return _vocabulary(source, table, stored_norm.float(), head)
     table = _store(add, EMBEDDING, embedding, into_embedding, scheme, scratch)
     weight = source.tensor(f"{HEAD}.weight")
     head = _store(add, HEAD, weight, into_head, scheme, scratch)
-    return Vocabulary(table, stored_norm.float(), head)
+    return _vocabulary(source, table, stored_norm.float(), head)
 
 
 def _store(

@@ -29,6 +29,9 @@ QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
 PHI3 = {"architectures": ["Phi3ForCausalLM"]}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+GEMMA2: dict[str, Any] = {"architectures": ["Gemma2ForCausalLM"]}
+GEMMA3: dict[str, Any] = {"architectures": ["Gemma3ForCausalLM"]}
+FULL, SLIDING = "full_attention", "sliding_attention"
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "num_experts": 6,
@@ -84,6 +87,34 @@ def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> ModelShape
             {**MIXTRAL, "num_experts_per_tok": 3, "head_dim": None},
             {"experts_per_token": 3, "head_dim": 64},
         ),
+        (
+            GEMMA2,
+            {
+                "head_dim": 256,
+                "tie_word_embeddings": True,
+                "sliding_window": 4096,
+                "full_layers": {1},
+                "query_scalar": 256,
+                "attention_cap": 50.0,
+                "logits_cap": 30.0,
+                "attention_scale": 1 / 16,
+            },
+        ),
+        (
+            {
+                **GEMMA2,
+                "layer_types": [FULL, SLIDING],
+                "query_pre_attn_scalar": 144,
+                "attn_logit_softcapping": 20,
+            },
+            {"full_layers": {0}, "attention_scale": 1 / 12, "attention_cap": 20},
+        ),
+        (
+            {**GEMMA3, "sliding_window_pattern": 2, "final_logit_softcapping": 30},
+            {"full_layers": {1}, "attention_cap": None, "logits_cap": 30},
+        ),
+        (GEMMA3, {"full_layers": set(), "sliding_window": 4096, "logits_cap": None}),
+        ({"query_pre_attn_scalar": 9}, {"attention_scale": 1 / 8}),
     ],
 )
 def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -94,15 +125,35 @@ def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.vocab_size == 1000
 
 
-NOT_NULL = {  # transformers' config class refuses these
+NOT_NULL = {  # transformers' config class, or what reads it, refuses these
     ("MistralForCausalLM", "num_key_value_heads"),
     ("Qwen3ForCausalLM", "head_dim"),
     ("Phi3ForCausalLM", "head_dim"),
     ("MixtralForCausalLM", "num_key_value_heads"),
     ("Qwen3MoeForCausalLM", "num_key_value_heads"),
+    *(
+        (f"Gemma{version}ForCausalLM", key)
+        for version in (2, 3)
+        for key in (
+            "num_key_value_heads",
+            "head_dim",
+            "sliding_window",
+            "sliding_window_pattern",
+            "query_pre_attn_scalar",
+            "tie_word_embeddings",
+        )
+    ),
 }
 OF_EXPERTS = {c["architectures"][0]: c for c in (MIXTRAL, QWEN3_MOE)}
 LEFT_OUT = ("num_key_value_heads", "head_dim", "sliding_window")
+OF_GEMMA = (
+    "sliding_window_pattern",
+    "tie_word_embeddings",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +161,7 @@ LEFT_OUT = ("num_key_value_heads", "head_dim", "sliding_window")
     [
         (name, dropped, how)
         for name in ARCHITECTURES
-        for dropped in LEFT_OUT
+        for dropped in (*LEFT_OUT, *(OF_GEMMA if "Gemma" in name else ()))
         for how in ("missing", "null")
         if how == "missing" or (name, dropped) not in NOT_NULL
     ],
@@ -155,7 +206,8 @@ def test_other_architectures(architectures: object) -> None:
     assert str(error.value) == (
         f"m/config.json: architectures {architectures!r} is not supported; "
         "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM"
+        "Qwen3ForCausalLM, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, "
+        "Gemma2ForCausalLM, Gemma3ForCausalLM"
     )
 
 
@@ -189,6 +241,28 @@ def test_impossible_experts(key: str, value: object, largest: int) -> None:
     assert str(error.value) == (
         f"m/config.json: {key} must be an integer from 1 to {largest}, got {value!r}"
     )
+
+
+@pytest.mark.parametrize("key", ["query_pre_attn_scalar", "attn_logit_softcapping"])
+@pytest.mark.parametrize("value", [0, -1.0, True, "50", float("inf"), float("nan")])
+def test_impossible_number(key: str, value: object) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        ModelShape.from_config(config(**{**GEMMA2, key: value}), "m/config.json")
+    message = f"m/config.json: {key} must be a number above 0 or null, got {value!r}"
+    assert str(error.value) == message
+
+
+def test_types_of_every_layer() -> None:
+    keys = {**GEMMA2, "layer_types": [FULL, SLIDING, FULL]}
+    with pytest.raises(UnsupportedError, match="layer_types has 3 layers, num_hidden_"):
+        ModelShape.from_config(config(**keys), "m/config.json")
+
+
+def test_vocabulary_that_vllm_holds() -> None:
+    read = ModelShape.from_config(config(**GEMMA2), "m/config.json")
+    scheme = scheme_from_name(DEFAULT_SCHEME, vocab_bits=8)
+    with pytest.raises(UnsupportedError, match="config.json: vocab_bits 8 is not supp"):
+        check_scheme(read, scheme, "m/config.json")
 
 
 SIZES = (
@@ -246,6 +320,9 @@ OTHER_KEYS = (
     "layer_types",
     "rope_scaling",
     "rope_theta",
+    "rope_parameters",
+    "query_pre_attn_scalar",
+    "sliding_window_pattern",
 )
 JUNK = st.one_of(
     st.none(),
@@ -263,14 +340,19 @@ JUNK = st.one_of(
 
 
 @settings(max_examples=1000)
-@example({"head_dim": 1})
-@example({"head_dim": MAX_SIZE})
-@example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1})
-@given(st.dictionaries(st.sampled_from([*SIZES, *OTHER_KEYS]), JUNK))
-def test_any_config_is_read_or_refused(keys: dict[str, Any]) -> None:
+@example({"head_dim": 1}, {})
+@example({"head_dim": MAX_SIZE}, {})
+@example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1}, {})
+@given(
+    st.dictionaries(st.sampled_from([*SIZES, *OTHER_KEYS]), JUNK),
+    st.sampled_from([{}, GEMMA2, GEMMA3]),
+)
+def test_any_config_is_read_or_refused(
+    keys: dict[str, Any], base: dict[str, Any]
+) -> None:
     """Also whatever follows from it: bounded work, errors of one kind."""
     try:
-        read = ModelShape.from_config({**config(), **keys}, "config.json")
+        read = ModelShape.from_config({**config(**base), **keys}, "config.json")
         check_scheme(read, W4A4KV4, "config.json")
         rotations = flag_only_rotations(read, W4A4KV4, "config.json")
     except UnsupportedError as error:
@@ -339,6 +421,8 @@ def _in_files(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
         MIXTRAL,
         QWEN3_MOE,
         {**QWEN3_MOE, "tie_word_embeddings": True, "head_dim": 32},
+        {**GEMMA2, "tie_word_embeddings": True, "attention_bias": True},
+        {**GEMMA3, "tie_word_embeddings": False},
     ],
 )
 def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from vllm_lowbit.architecture import ModelShape, flag_only_rotations
 from vllm_lowbit.errors import ConfigError
 from vllm_lowbit.rotations import check_rotations
 from vllm_lowbit.schema import LowbitConfig, Rotation, scheme_from_name
+from vllm_lowbit.supported_models import ARCHITECTURES
 
 SHAPE = ModelShape(384, 1152, 2, 8, 2, 64, 512, False)
 TIED = replace(SHAPE, tie_word_embeddings=True)
@@ -131,6 +132,15 @@ def test_residual_and_tied_embeddings(
     message = f"rotations.residual: apply is {apply} and tie_word_embeddings {tied}; "
     with pytest.raises(ConfigError, match=f"{message}.*: {supported}$"):
         check({"residual": turn(apply, 384)}, shape)
+
+
+def test_residual_and_output_norms() -> None:
+    """What attention and MLP add goes through weights that no rotation passes."""
+    shape = replace(TIED, architecture=ARCHITECTURES["Gemma2ForCausalLM"])
+    message = "rotations.residual: the weights of post_attention_layernorm and post_fee"
+    with pytest.raises(ConfigError, match=message):
+        check({"residual": turn("online", 384)}, shape)
+    check({**GOOD, "residual": None}, shape)
 
 
 def test_keys_without_a_quantized_cache() -> None:

@@ -2,6 +2,7 @@
 """What a config may not say is refused by name; RoPE is what vLLM computes."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +15,31 @@ from vllm_lowbit.checkpoint import check_plain_checkpoint
 from vllm_lowbit.errors import CheckpointError, UnsupportedError
 from vllm_lowbit.inspection import read_checkpoint
 from vllm_lowbit.manifest import require_headers, verify
+from vllm_lowbit.schema import shorten
 from vllm_lowbit.supported_models import ARCHITECTURES, architecture_of
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 PHI3 = "Phi3ForCausalLM"
 MIXTRAL, QWEN3_MOE = "MixtralForCausalLM", "Qwen3MoeForCausalLM"
+GEMMA2 = "Gemma2ForCausalLM"
+GEMMA3 = "Gemma3ForCausalLM"
+GEMMAS = (GEMMA2, GEMMA3)
 EVERY = tuple(ARCHITECTURES)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FULL, SLIDING = "full_attention", "sliding_attention"
 REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
     (EVERY, "model_type", "gpt2", "'{model_type}'"),
-    (EVERY, "hidden_act", "gelu", "'silu' or null"),
+    (tuple({*EVERY} - {*GEMMAS}), "hidden_act", "gelu", "'silu' or null"),
+    (GEMMAS, "hidden_act", "silu", "'gelu_pytorch_tanh' or null"),
+    (GEMMAS, "hidden_activation", "gelu", "'gelu_pytorch_tanh' or null"),
+    (GEMMAS, "mlp_bias", True, "false or null"),
+    (GEMMAS, "layer_types", [FULL, "chunked"], f"a list of '{FULL}' and '{SLIDING}'"),
+    (GEMMAS, "layer_types", FULL, f"a list of '{FULL}' and '{SLIDING}', or null"),
+    ((GEMMA2,), "tie_word_embeddings", False, "true or null"),
+    ((LLAMA, GEMMA3), "attn_logit_softcapping", 50.0, "null"),
+    ((GEMMA3,), "rope_parameters", "default", f"an object with {FULL} and {SLIDING},"),
+    ((GEMMA3,), "rope_local_base_freq", 0, "a number above 0"),
     (EVERY, "is_causal", False, "true or null"),
     (EVERY, "use_bidirectional_attention", True, "false or null"),
     (EVERY, "attention_chunk_size", 1024, "null"),
@@ -81,6 +95,14 @@ ROPE: list[tuple[dict[str, Any], str, object, str]] = [
 ]
 
 
+ROPES: list[tuple[dict[str, Any], str, object, str]] = [
+    ({"rope_type": "default"}, "'rope_type'", "default", f"{FULL} and {SLIDING}"),
+    ({FULL: 5}, FULL, 5, "an object, or null"),
+    ({FULL: YARN}, f"{FULL}.rope_type", "yarn", "default, linear"),
+    ({SLIDING: {"rope_theta": 0}}, f"{SLIDING}.rope_theta", 0, "a number above 0"),
+]
+
+
 def refusal(name: str, key: str, value: object) -> str:
     config = {"architectures": [name], key: value}
     with pytest.raises(UnsupportedError) as error:
@@ -111,6 +133,16 @@ def test_refused_rope(
     )
 
 
+@pytest.mark.parametrize(("ropes", "inner", "value", "supported"), ROPES)
+def test_refused_rope_of_a_type_of_layer(
+    ropes: dict[str, Any], inner: str, value: object, supported: str
+) -> None:
+    assert refusal(GEMMA3, "rope_parameters", ropes).startswith(
+        f"m/config.json: rope_parameters.{inner} {shorten(value)} is not supported "
+        f"with {GEMMA3}; supported: {supported}"
+    )
+
+
 def test_params_json_is_not_read(
     tiny_model: Callable[..., Path], tmp_path: Path, engine_config: Callable[..., Any]
 ) -> None:
@@ -130,11 +162,12 @@ def test_params_json_is_not_read(
     assert config.model_config.hf_config.model_type == "mistral"
 
 
+@pytest.mark.parametrize("name", [PHI3, GEMMA2])
 @pytest.mark.parametrize("kind", ["longrope", "su", "yarn", "linear"])
-def test_phi3_has_no_other_rope(kind: str) -> None:
+def test_some_have_no_other_rope(name: str, kind: str) -> None:
     rope = {"type": kind, "factor": 4.0}
-    assert refusal(PHI3, "rope_scaling", rope).startswith(
-        f"m/config.json: rope_scaling.rope_type {kind!r} is not supported with {PHI3}; "
+    assert refusal(name, "rope_scaling", rope).startswith(
+        f"m/config.json: rope_scaling.rope_type {kind!r} is not supported with {name}; "
         "supported: default"
     )
 
@@ -144,7 +177,8 @@ def test_what_transformers_writes_by_itself_is_not_refused(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, name).config_class(architectures=[name])
     assert architecture_of(config.to_dict(), "x") is ARCHITECTURES[name]
-    neutral = {"hidden_act": "silu", "logit_scale": 1, "is_causal": True, "bias": None}
+    neutral = {"logit_scale": 1, "is_causal": True, "bias": None}
+    neutral["hidden_act"] = ARCHITECTURES[name].activation
     config = {**config.to_dict(), **neutral}
     assert architecture_of(config, "x") is ARCHITECTURES[name]
 
@@ -180,33 +214,40 @@ def test_rope_is_that_of_vllm(name: str, rope: dict[str, Any]) -> None:
 
     from vllm_lowbit.calibrate.rotary import RotaryEmbedding
 
-    positions = 256
+    positions, of_all = 256, {"rope_theta": 50_000.0, **rope}
+    of_type = {FULL: of_all, SLIDING: {"rope_type": "default", "rope_theta": 100.0}}
+    by_type = ARCHITECTURES[name].rope_by_type
     if rope["rope_type"] not in ARCHITECTURES[name].rope_types:
         return
     config = getattr(transformers, name).config_class(
         architectures=[name],
         hidden_size=128,
         num_attention_heads=2,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=positions,
-        rope_parameters={"rope_theta": 50_000.0, **rope},
+        rope_parameters=of_type if by_type else of_all,
     )
-    architecture_of(config.to_dict(), "x")
-    cos, sin = RotaryEmbedding(config)(torch.empty(0), torch.arange(positions)[None])
-    with set_current_vllm_config(VllmConfig()):
-        served = get_rope(
-            64,
-            max_position=positions,
-            rope_parameters=config.rope_parameters,
-            dtype=torch.float32,
-        )
-    ours = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
-    theirs = served.cos_sin_cache[:positions]
-    assert (ours - theirs).abs().max() < 1e-4
+    shape = ModelShape.from_config(config.to_dict(), "x")
+    rotary = RotaryEmbedding(config, shape)
+    # Of Gemma 3 the first with a window and the first without.
+    for layer in (0, 5) if by_type else (0,):
+        kind, found = shape.layer_type(layer), config.rope_parameters
+        cos, sin = rotary(torch.empty(0), torch.arange(positions)[None], layer)
+        with set_current_vllm_config(VllmConfig()):
+            served = get_rope(
+                64,
+                max_position=positions,
+                rope_parameters=found[kind] if by_type else found,
+                dtype=torch.float32,
+            )
+        ours = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
+        theirs = served.cos_sin_cache[:positions]
+        assert (ours - theirs).abs().max() < 1e-4
 
 
 @pytest.fixture(
-    scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE]
+    scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE, *GEMMAS]
 )
 def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) -> Path:
     """A checkpoint of each architecture but Llama."""
@@ -214,7 +255,8 @@ def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) 
 
 
 def _keys(name: str) -> dict[str, Any]:
-    of_experts = {
+    own = {
+        GEMMA2: {"tie_word_embeddings": True},
         MIXTRAL: {"num_local_experts": 2},
         QWEN3_MOE: {
             "num_experts": 2,
@@ -222,7 +264,7 @@ def _keys(name: str) -> dict[str, Any]:
             "moe_intermediate_size": 64,
         },
     }
-    return {"architecture": name, "hidden_size": 256, **of_experts.get(name, {})}
+    return {"architecture": name, "hidden_size": 256, **own.get(name, {})}
 
 
 MLP = {MIXTRAL: "block_sparse_moe", QWEN3_MOE: "mlp"}
@@ -244,6 +286,9 @@ def own(directory: Path) -> list[str]:
         names.append(f"{MLP[architecture.name]}.gate.weight")
     if architecture.qk_norm:
         names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    if architecture.output_norms:
+        names += ["pre_feedforward_layernorm.weight"]
+        names += ["post_feedforward_layernorm.weight"]
     return [f"model.layers.1.{name}" for name in names]
 
 
@@ -281,6 +326,24 @@ def test_tensors_of_an_architecture_are_needed(
         rewrite(source, lambda t, n=name: t.pop(n))
         with pytest.raises(CheckpointError, match=f"are missing, first {name}"):
             check(source)
+
+
+def test_an_embedding_that_vllm_holds_is_finite(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    lowbit_checkpoint: Callable[..., Path],
+    rewrite: Callable[..., Path],
+) -> None:
+    """No layer method of ours sees it."""
+    plain = tiny_model(tmp_path / "plain", **_keys(GEMMA2))
+    packed = lowbit_checkpoint(tmp_path / "packed", plain)
+    for directory in (plain, packed):
+        rewrite(directory, lambda t: t["model.embed_tokens.weight"][3].fill_(math.nan))
+    message = "model.embed_tokens.weight of .* holds a non-finite value"
+    with pytest.raises(CheckpointError, match=message):
+        check(plain)
+    with pytest.raises(CheckpointError, match=message):
+        require_headers(packed, *read_checkpoint(packed))
 
 
 @pytest.mark.parametrize(

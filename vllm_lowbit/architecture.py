@@ -4,6 +4,7 @@
 Reads config.json; does not need vLLM.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,12 @@ from .errors import UnsupportedError
 from .kernels.hadamard.matrices import exists, largest_order
 from .kernels.kv4_store.layout import HEAD_DIMS
 from .schema import Rotation, Rotations, Scheme
-from .supported_models import LLAMA, Architecture, architecture_of
+from .supported_models import FULL, LLAMA, SLIDING, Architecture, architecture_of
 
 MIN_BLOCK = 16
 # Of a mixture of experts, after ``model.layers.N.``; it is never quantized.
 ROUTER = "mlp.gate"
+EMBEDDING = "model.embed_tokens.weight"
 # Tensor parallel sizes that one model may be served with, largest first.
 PARALLEL_SIZES = (8, 4, 2, 1)
 MAX_SIZE = 1 << 20
@@ -34,6 +36,11 @@ class ModelShape:
         intermediate_size: of the MLP, or of one expert.
         biases: linears that have one, by name after ``model.layers.N.``.
         sliding_window: tokens that a token attends to, itself included; None for all.
+        full_layers: indices of those that attend to all nevertheless.
+        query_scalar: attention's scores are divided by its square root; None is
+            head_dim.
+        attention_cap: soft cap of attention's scores, None for none.
+        logits_cap: soft cap of the logits, None for none.
         num_experts: in place of the MLP of a layer; 0 for an MLP.
         experts_per_token: how many of them a token goes through.
         renormalize: whether the weights of those are scaled to a sum of one.
@@ -50,6 +57,10 @@ class ModelShape:
     tie_word_embeddings: bool
     biases: frozenset[str] = frozenset()
     sliding_window: int | None = None
+    full_layers: frozenset[int] = frozenset()
+    query_scalar: float | None = None
+    attention_cap: float | None = None
+    logits_cap: float | None = None
     num_experts: int = 0
     experts_per_token: int = 0
     renormalize: bool = True
@@ -79,8 +90,20 @@ class ModelShape:
                 )
             return value
 
+        def number(key: str | None) -> float | None:
+            if key is None:
+                return None
+            value = config.get(key, architecture.defaults.get(key))
+            if value is not None and (
+                type(value) not in (int, float) or not 0 < value < math.inf
+            ):
+                raise UnsupportedError(
+                    f"{source}: {key} must be a number above 0 or null, got {value!r}"
+                )
+            return value
+
         def flag(key: str) -> bool:
-            value = config.get(key)
+            value = config.get(key, architecture.defaults.get(key))
             if value is not None and type(value) is not bool:
                 raise UnsupportedError(
                     f"{source}: {key} must be true or false, got {value!r}"
@@ -110,9 +133,20 @@ class ModelShape:
         given = config.get(
             "sliding_window", architecture.defaults.get("sliding_window")
         )
-        if architecture.window == "every layer" and given is not None:
+        by_layer = architecture.window == "by layer"
+        if by_layer or (architecture.window == "every layer" and given is not None):
             window = size("sliding_window", largest=MAX_WINDOW)
         layers = size("num_hidden_layers", largest=MAX_LAYERS)
+        types = config.get("layer_types") if by_layer else [SLIDING] * layers
+        if types is None:
+            key, every = architecture.full_every_key, architecture.full_every
+            every = every if key is None else size(key, every)
+            types = [SLIDING if (n + 1) % every else FULL for n in range(layers)]
+        if len(types) != layers:
+            raise UnsupportedError(
+                f"{source}: layer_types has {len(types)} layers, num_hidden_layers is "
+                f"{layers}"
+            )
         experts, num_experts, per_token = architecture.experts, 0, 0
         if experts is not None:
             count = next((k for k in experts.count if k in config), experts.count[0])
@@ -133,6 +167,12 @@ class ModelShape:
             tie_word_embeddings=flag("tie_word_embeddings"),
             biases=frozenset((*architecture.biases, *biased)),
             sliding_window=window,
+            full_layers=frozenset(n for n, kind in enumerate(types) if kind == FULL),
+            query_scalar=number("query_pre_attn_scalar")
+            if architecture.query_scalar
+            else None,
+            attention_cap=number(architecture.attention_cap),
+            logits_cap=number(architecture.logits_cap),
             num_experts=num_experts,
             experts_per_token=per_token,
             renormalize=experts is None
@@ -145,15 +185,15 @@ class ModelShape:
         """Name and shape of every tensor of the model, no two of them stacked."""
         hidden = self.hidden_size
         names: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, hidden),
+            EMBEDDING: (self.vocab_size, hidden),
             "model.norm.weight": (hidden,),
         }
         if not self.tie_word_embeddings:
             names["lm_head.weight"] = (self.vocab_size, hidden)
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
-            names[prefix + "input_layernorm.weight"] = (hidden,)
-            names[prefix + "post_attention_layernorm.weight"] = (hidden,)
+            for norm in self.norms():
+                names[f"{prefix}{norm}.weight"] = (hidden,)
             for name, (n, k) in self._linears().items():
                 names[f"{prefix}{name}.weight"] = (n, k)
                 if name in self.biases:
@@ -206,10 +246,12 @@ class ModelShape:
             stored = stored.replace(there, here)
         return stored
 
-    def is_router(self, stored: str) -> bool:
-        """Whether a tensor of a checkpoint weighs experts."""
+    def is_stock(self, stored: str) -> bool:
+        """Whether a matrix of a checkpoint, by its name there, is held by a module of
+        vLLM's own: weights of experts, or a vocabulary that takes no other method."""
         name = self.named_here(stored)
-        return bool(self.num_experts) and name.endswith(f".{ROUTER}.weight")
+        router = bool(self.num_experts) and name.endswith(f".{ROUTER}.weight")
+        return router or (self.architecture.stock_vocabulary and name == EMBEDDING)
 
     def _renamed(self) -> Iterable[tuple[str, str]]:
         experts = self.architecture.experts
@@ -236,6 +278,26 @@ class ModelShape:
             linears[f"{mlp}.down_proj"] = (hidden, intermediate)
         return linears
 
+    def norms(self) -> list[str]:
+        """Norms of a layer over hidden_size, by name after ``model.layers.N.``."""
+        own = self.architecture
+        return ["input_layernorm", own.mlp_norm, *own.output_norms.values()]
+
+    def layer_type(self, layer: int) -> str:
+        """What ``layer_types`` of a config calls a layer."""
+        windowed = self.sliding_window is not None and layer not in self.full_layers
+        return SLIDING if windowed else FULL
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a token of a layer attends to, itself included; None for all."""
+        return self.sliding_window if self.layer_type(layer) == SLIDING else None
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        scalar = self.head_dim if self.query_scalar is None else self.query_scalar
+        return float(scalar**-0.5)
+
     def mlps(self) -> list[str]:
         """The MLP of a layer, or its experts, by name after ``model.layers.N.``."""
         if not self.num_experts:
@@ -246,6 +308,12 @@ class ModelShape:
 def check_scheme(shape: ModelShape, scheme: Scheme, source: str) -> None:
     """Raise UnsupportedError where the scheme does not fit the model's sizes."""
     group_size = scheme.weights.group_size
+    if shape.architecture.stock_vocabulary and scheme.vocab_bits != 16:
+        raise UnsupportedError(
+            f"{source}: vocab_bits {scheme.vocab_bits} is not supported with "
+            f"{shape.architecture.name}, whose embedding vLLM holds by itself; "
+            "supported: 16"
+        )
     if shape.head_dim < 2 or not exists(shape.head_dim):
         raise UnsupportedError(
             f"{source}: head_dim {shape.head_dim} has no Hadamard matrix"

@@ -51,7 +51,7 @@ def check_plain_checkpoint(model: str, shape: ModelShape) -> None:
             embedding, and rotary buffers of old checkpoints, may be there.
     """
     expected = {
-        name: TensorSpec(FLOATS, size, unseen=shape.is_router(name))
+        name: TensorSpec(FLOATS, size, unseen=shape.is_stock(name))
         for name, size in shape.plain_tensors().items()
     }
     check_tensors(Path(model), expected, partial(may_be_there, shape))

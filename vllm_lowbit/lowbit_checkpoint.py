@@ -67,9 +67,9 @@ def expected_tensors(shape: ModelShape, config: LowbitConfig) -> dict[str, Tenso
         module = name.removesuffix(".weight")
         vocabulary = module in ("model.embed_tokens", "lm_head")
         stored = shape.stored(name)
-        router = shape.is_router(stored)
-        if len(size) == 1 or router or (vocabulary and config.scheme.vocab_bits == 16):
-            tensors[stored] = TensorSpec(FLOATS, size, unseen=router)
+        stock = shape.is_stock(stored)
+        if len(size) == 1 or stock or (vocabulary and config.scheme.vocab_bits == 16):
+            tensors[stored] = TensorSpec(FLOATS, size, unseen=stock)
         else:
             grid = VOCABULARY if vocabulary else config.scheme.weights
             module = stored.removesuffix(".weight")

@@ -88,7 +88,13 @@ def _rotation_problems(name: str, rotation: Rotation) -> list[str]:
 def _model_problems(shape: ModelShape, config: LowbitConfig) -> list[str]:
     residual, k = config.rotations.residual, config.rotations.k
     problems = []
-    if residual is not None and shape.tie_word_embeddings != (
+    norms = shape.architecture.output_norms
+    if residual is not None and norms:
+        problems.append(
+            f"rotations.residual: the weights of {' and '.join(norms.values())} do not "
+            "let it pass; supported: null"
+        )
+    elif residual is not None and shape.tie_word_embeddings != (
         residual.apply == "online"
     ):
         tied = str(shape.tie_word_embeddings).lower()

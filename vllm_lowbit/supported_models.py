@@ -2,8 +2,8 @@
 """The supported architectures, and what of their configs is not computed.
 
 All are one decoder: RMSNorm, RoPE over whole heads in the half-split layout, grouped
-query attention and a SiLU-gated MLP or a mixture of them, with a norm before each of
-the two. The table says in what each differs. Neither vLLM nor transformers is needed to
+query attention and a gated MLP or a mixture of them, with a norm before each of the
+two. The table says in what each differs. Neither vLLM nor transformers is needed to
 read it.
 """
 
@@ -18,6 +18,8 @@ from .schema import shorten
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+FULL, SLIDING = "full_attention", "sliding_attention"
+LAYER_TYPES = (FULL, SLIDING)
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,34 @@ class Architecture:
         bias_keys: keys of the config and the linears that have one where it is true.
         qk_norm: whether RMSNorms of ``head_dim`` weights, shared by all heads, come
             between the projections of queries and keys and RoPE.
-        window: what ``sliding_window`` does: it is the window of every layer; nothing,
-            as ``use_sliding_window`` has to be false; or there is no such key.
+        window: what ``sliding_window`` does: it is the window of every layer; of those
+            that ``layer_types`` says; nothing, as ``use_sliding_window`` has to be
+            false; or there is no such key.
+        full_every: without ``layer_types``, every so many layers one has no window.
+        full_every_key: key of the config that says another number.
         fused: tensors of a plain checkpoint that stack those of several linears, by
             name after ``model.layers.N.``; lowbit checkpoints hold each by itself.
         rope_types: kinds of RoPE it may have.
+        rope_by_type: whether layers of each type have RoPE parameters of their own.
         whole_heads: whether the heads have to share hidden_size evenly.
         defaults: what keys mean that are not in config.json, where a null means
             something else.
         experts: what stands in place of the MLP; None is the MLP.
+        norm_offset: added to the weight of every RMSNorm before it multiplies.
+        mlp_norm: name of the norm before the MLP.
+        output_norms: names of norms on what attention (``self_attn``) and MLP
+            (``mlp``) add to the residual stream. No rotation of the stream can be
+            folded through their weights.
+        activation: of the MLP's gate, as transformers names it.
+        activation_keys: of the config, that say so.
+        scaled_embedding: whether looked-up rows are multiplied by the square root of
+            hidden_size, rounded to the model's dtype.
+        query_scalar: whether ``query_pre_attn_scalar`` takes the place of head_dim in
+            the scale of attention's scores.
+        attention_cap, logits_cap: keys with the soft caps, ``cap * tanh(x / cap)``,
+            of attention's scores and of the logits; None where there is none.
+        stock_vocabulary: whether vLLM's model takes no quantization of its embedding,
+            which is its head as well: it is tied and stays in 16 bits.
     """
 
     name: str
@@ -65,14 +86,31 @@ class Architecture:
     biases: tuple[str, ...] = ()
     bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     qk_norm: bool = False
-    window: Literal["every layer", "switched off", "none"] = "none"
+    window: Literal["every layer", "by layer", "switched off", "none"] = "none"
+    full_every: int = 1
+    full_every_key: str | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    rope_by_type: bool = False
     whole_heads: bool = False
-    defaults: Mapping[str, int] = field(default_factory=dict, hash=False)
+    defaults: Mapping[str, float] = field(default_factory=dict, hash=False)
     experts: Experts | None = None
+    norm_offset: float = 0.0
+    mlp_norm: str = "post_attention_layernorm"
+    output_norms: Mapping[str, str] = field(default_factory=dict, hash=False)
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    activation_keys: tuple[str, ...] = ("hidden_act",)
+    scaled_embedding: bool = False
+    query_scalar: bool = False
+    attention_cap: str | None = None
+    logits_cap: str | None = None
+    stock_vocabulary: bool = False
 
 
+_OUTPUT_NORMS = {
+    "self_attn": "post_attention_layernorm",
+    "mlp": "post_feedforward_layernorm",
+}
 LLAMA = Architecture(
     name="LlamaForCausalLM",
     model_type="llama",
@@ -143,13 +181,65 @@ ARCHITECTURES = {
                 renormalize="norm_topk_prob",
             ),
         ),
+        Architecture(
+            name="Gemma2ForCausalLM",
+            model_type="gemma2",
+            window="by layer",
+            full_every=2,
+            bias_keys={"attention_bias": _ATTENTION},
+            rope_types=("default",),
+            defaults={
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "sliding_window": 4096,
+                "query_pre_attn_scalar": 256,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+                "tie_word_embeddings": True,
+            },
+            norm_offset=1.0,
+            mlp_norm="pre_feedforward_layernorm",
+            output_norms=_OUTPUT_NORMS,
+            activation="gelu_pytorch_tanh",
+            activation_keys=("hidden_act", "hidden_activation"),
+            scaled_embedding=True,
+            query_scalar=True,
+            attention_cap="attn_logit_softcapping",
+            logits_cap="final_logit_softcapping",
+            stock_vocabulary=True,
+        ),
+        Architecture(
+            name="Gemma3ForCausalLM",
+            model_type="gemma3_text",
+            bias_keys={"attention_bias": _ATTENTION},
+            qk_norm=True,
+            window="by layer",
+            full_every=6,
+            full_every_key="sliding_window_pattern",
+            rope_types=("default", "linear"),
+            rope_by_type=True,
+            defaults={
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "sliding_window": 4096,
+                "query_pre_attn_scalar": 256,
+                "tie_word_embeddings": True,
+            },
+            norm_offset=1.0,
+            mlp_norm="pre_feedforward_layernorm",
+            output_norms=_OUTPUT_NORMS,
+            activation="gelu_pytorch_tanh",
+            activation_keys=("hidden_act", "hidden_activation"),
+            scaled_embedding=True,
+            query_scalar=True,
+            logits_cap="final_logit_softcapping",
+        ),
     )
 }
 
 # Keys that vLLM's or transformers' models of these architectures compute something
 # else by, and the values (beside null) with which they do not.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu",),
     "is_causal": (True,),
     "use_bidirectional_attention": (False,),
     "attention_chunk_size": (),
@@ -164,6 +254,8 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "rotary_pct": (1.0,),
     "rotary_emb_fraction": (1.0,),
     "rotary_emb_base": (),
+    # Of Gemma 3, whose models compute no such cap.
+    "attn_logit_softcapping": (),
     # Of mixtures of experts.
     "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,),
@@ -234,6 +326,11 @@ def _refused(
     neutral = _NEUTRAL | {
         key: (False,) for key in _BIAS_KEYS if key not in architecture.bias_keys
     }
+    neutral |= dict.fromkeys(architecture.activation_keys, (architecture.activation,))
+    if architecture.attention_cap is not None:
+        del neutral[architecture.attention_cap]
+    if architecture.stock_vocabulary:
+        neutral["tie_word_embeddings"] = (True,)
     if architecture.window == "switched off":
         neutral["use_sliding_window"] = (False,)
     if architecture.window == "none":
@@ -246,11 +343,38 @@ def _refused(
     if types is not None and architecture.window == "every layer":
         # vLLM and transformers disagree on which layers have the window then.
         yield "layer_types", types, "null"
-    elif types is not None and types != ["full_attention"] * len(_listed(types)):
+    elif types is not None and architecture.window == "by layer":
+        if [kind for kind in _listed(types) if kind in LAYER_TYPES] != types:
+            yield "layer_types", types, f"a list of {FULL!r} and {SLIDING!r}, or null"
+    elif types is not None and types != [FULL] * len(_listed(types)):
         yield "layer_types", types, "'full_attention' in every layer"
-    for key in ("rope_parameters", "rope_scaling"):
-        yield from _refused_rope(key, config.get(key), architecture.rope_types)
+    parameters = config.get("rope_parameters")
+    if architecture.rope_by_type:
+        yield from _refused_ropes(parameters, architecture.rope_types)
+        yield from _not_positive(
+            "rope_local_base_freq", config.get("rope_local_base_freq")
+        )
+    else:
+        yield from _refused_rope("rope_parameters", parameters, architecture.rope_types)
+    scaling = config.get("rope_scaling")
+    yield from _refused_rope("rope_scaling", scaling, architecture.rope_types)
     yield from _not_positive("rope_theta", config.get("rope_theta"))
+
+
+def _refused_ropes(
+    ropes: object, types: tuple[str, ...]
+) -> Iterator[tuple[str, object, str]]:
+    """The same of parameters by type of layer."""
+    key, known = "rope_parameters", " and ".join(LAYER_TYPES)
+    if ropes is None:
+        return
+    if not isinstance(ropes, Mapping):
+        yield key, ropes, f"an object with {known}, or null"
+        return
+    for name, rope in ropes.items():
+        if name not in LAYER_TYPES:
+            yield f"{key}.{shorten(name)}", rope, known
+        yield from _refused_rope(f"{key}.{name}", rope, types)
 
 
 def _refused_rope(

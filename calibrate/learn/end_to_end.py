@@ -2,11 +2,8 @@
 """From a model and a recipe to learned transforms."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -18,7 +15,8 @@ from ..recipe import Recipe
 from ..rotary import model_config
 from ..source import Source
 from ..stages import DecoderStages
-from ..vocabulary import Vocabulary, plain_vocabulary
+from ..transforms import norm_readers, storable
+from ..vocabulary import plain_vocabulary
 from .model import LearningModel
 from .parameters import Learned, Parameters, Tensors
 from .run import Learner, Progress, Task
@@ -57,10 +55,7 @@ def learn_transforms(
     fixed = Transforms.of(source.shape, quantization.rotations)
     config = model_config(source.directory, source.shape)
     layers = [_layer(source, index, device) for index in range(source.shape.num_layers)]
-    plain = plain_vocabulary(source)
-    vocabulary = Vocabulary(
-        *(t.to(device) for t in (plain.embedding, plain.norm, plain.head))
-    )
+    vocabulary = plain_vocabulary(source).to(device)
     stages = DecoderStages(config, source.shape, device=device)
     teacher = Teacher.of(stages, layers, vocabulary, windows)
     parameters = start(source.shape, recipe, fixed, layers, teacher)
@@ -83,7 +78,7 @@ def learn_transforms(
     curve = Learner(task, parameters, snapshot, origin, progress).run()
     for leaf in parameters.leaves().values():
         leaf.requires_grad_(False)
-    return _finished(source, parameters, layers), curve
+    return _finished(source, parameters), curve
 
 
 def _layer(source: Source, index: int, device: str) -> Tensors:
@@ -119,34 +114,14 @@ def _hash(tensor: torch.Tensor) -> str:
 
 
 @torch.no_grad()
-def _finished(
-    source: Source, parameters: Parameters, layers: Sequence[Tensors]
-) -> Learned:
-    rotated = parameters.residual(torch.float64) is not None
-    folded = []
-    for index, weights in enumerate(layers):
+def _finished(source: Source, parameters: Parameters) -> Learned:
+    shape, residual = source.shape, parameters.residual(torch.float64)
+    layers = []
+    for index in range(shape.num_layers):
         layer = parameters.layer(index, torch.float64)
-        exact: dict[str, Any] = {}
-        for name, norm in (
-            ("attn_scale", "input_layernorm.weight"),
-            ("mlp_scale", "post_attention_layernorm.weight"),
-        ):
-            scale: torch.Tensor | None = getattr(layer, name)
-            if scale is not None:
-                gamma = weights[norm].double()
-                gamma = torch.ones_like(gamma) if rotated else gamma
-                stored = source.tensor(f"model.layers.{index}.{norm}").dtype
-                exact[name] = _storable(scale, gamma, stored)
-        folded.append(replace(layer, **exact))
-    return Learned(parameters.residual(torch.float64), tuple(folded))
-
-
-def _storable(
-    scale: torch.Tensor, gamma: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """The scale near this one with which the norm's weight is a number of its dtype.
-
-    The linears, folded in float64, then make up for it exactly.
-    """
-    stored = (gamma / scale).to(dtype).double()
-    return torch.where(stored == 0, scale, gamma / stored)
+        norms = {
+            f"{norm}.weight": source.tensor(f"model.layers.{index}.{norm}.weight")
+            for norm in norm_readers(shape)
+        }
+        layers.append(storable(layer, norms, shape, residual))
+    return Learned(residual, tuple(layers))

@@ -2,9 +2,9 @@
 """The quantized model as a differentiable function of its transforms."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from ...architecture import ModelShape
@@ -12,7 +12,7 @@ from ...kernels.grid import IntGrid
 from ...kernels.quantize_weight.reference import best_clip
 from ..stages import RESIDUAL_STAGES, DecoderStages, Online
 from ..straight_through import fake_quantize
-from ..transforms import Orthogonal, fold_layer
+from ..transforms import Orthogonal, fold_layer, gain
 from ..vocabulary import Vocabulary
 from .parameters import Parameters, Tensors
 
@@ -54,10 +54,12 @@ class LearningModel:
         x = self._embedded(ids, residual)
         for index in range(self.shape.num_layers):
             x = self.layer(index, x, residual, parameters)
-        norm, head = self.vocabulary.norm, self.vocabulary.head
-        if residual is not None:
-            norm, head = torch.ones_like(norm), residual.right(head * norm)
-        return functional.linear(self.stages.norm(x, norm), head)
+        vocabulary = self.vocabulary
+        if residual is None:
+            return vocabulary.logits(self.stages.norm(x, vocabulary.norm))
+        head = vocabulary.head * gain(vocabulary.norm, self.shape)
+        rotated = replace(vocabulary, head=residual.right(head))
+        return rotated.logits(self.stages.normalized(x))
 
     def first_not_finite(self, ids: torch.Tensor, parameters: Parameters) -> str | None:
         """The first layer whose output holds an Inf or NaN, None where none does."""
@@ -70,7 +72,7 @@ class LearningModel:
         return None
 
     def _embedded(self, ids: torch.Tensor, residual: Orthogonal | None) -> torch.Tensor:
-        x = functional.embedding(ids, self.vocabulary.embedding)
+        x = self.vocabulary.look_up(ids)
         return x if residual is None else residual.right(x)
 
     def layer(
@@ -90,8 +92,9 @@ class LearningModel:
                 if weight.dim() == 2:
                     key = f"clip_ratio.{index}.{name}"
                     weights[name] = self._fake_quantized(key, weight, *self.weights)
+        stages = self.stages.at(index)
         for stage in RESIDUAL_STAGES:
-            x = self.stages.update(stage, weights, x)
+            x = stages.update(stage, weights, x)
         return x
 
     def _fake_quantized(

@@ -11,7 +11,7 @@ from ...kernels.hadamard.signs import random_signs
 from ..equalize import up_scale, value_scale
 from ..plan import Transforms
 from ..recipe import Recipe
-from ..transforms import SignedHadamard, norm_readers, scale_shapes
+from ..transforms import SignedHadamard, gain, norm_readers, scale_shapes
 from .parameters import Parameters, Tensors
 from .teacher import Teacher
 
@@ -79,7 +79,7 @@ def _residual(
     shape: ModelShape, recipe: Recipe, layers: Sequence[Tensors]
 ) -> torch.Tensor:
     readers = (
-        weights[f"{name}.weight"] * weights[f"{norm}.weight"]
+        weights[f"{name}.weight"] * gain(weights[f"{norm}.weight"], shape)
         for weights in layers
         for norm, names in norm_readers(shape).items()
         for name in names

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from ..equalize import InputPower
 from ..stages import RESIDUAL_STAGES, DecoderStages
@@ -41,15 +40,15 @@ class Teacher:
         windows: torch.Tensor,
     ) -> "Teacher":
         """Run the float model, layer by layer."""
-        parts = functional.embedding(windows, vocabulary.embedding).split(
+        parts = vocabulary.look_up(windows).split(
             max(1, CHUNK_TOKENS // windows.shape[1])
         )
         powers = []
-        for weights in layers:
-            power = InputPower()
+        for index, weights in enumerate(layers):
+            power, layer = InputPower(), stages.at(index)
             for stage in RESIDUAL_STAGES:
                 parts = tuple(
-                    stages.update(stage, weights, part, power.add) for part in parts
+                    layer.update(stage, weights, part, power.add) for part in parts
                 )
             powers.append(power)
         return cls(torch.cat(parts), powers, stages, vocabulary)
@@ -58,4 +57,4 @@ class Teacher:
     def logits(self, windows: torch.Tensor) -> torch.Tensor:
         """``[windows, tokens, vocab]`` of some windows, by their indices."""
         x = self.stages.norm(self.states[windows], self.vocabulary.norm)
-        return functional.linear(x, self.vocabulary.head)
+        return self.vocabulary.logits(x)

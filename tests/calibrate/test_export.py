@@ -277,7 +277,10 @@ def test_the_same_checkpoint_gives_the_same_bytes(make: Make, tmp_path: Path) ->
         ),
         (
             {"attn_input": {"apply": "online", "order": 128, "block": 128}},
-            ["rotations.attn_input is online: stock vLLM runs none of these on CPUs"],
+            [
+                "rotations.attn_input is online: stock vLLM runs none of these on CPUs",
+                "use a recipe with transforms.residual and attn_input: none",
+            ],
         ),
     ],
 )

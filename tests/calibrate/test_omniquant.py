@@ -166,14 +166,14 @@ def _run(
     method = OmniQuant(both, scheme_from_name(scheme), options, TRAINED, 8, record)
     streams = streams or _streams()
     ranges, transforms = method.run(
-        "model.layers.0", tensors, None, LayerTransforms(), streams, lambda what: None
+        0, tensors, None, LayerTransforms(), streams, lambda what: None
     )
     rounding = WeightMethod(method=chosen.rounding)
     quantizer = StageQuantizer(both, scheme_from_name(scheme), rounding, TRAINED, 8)
     folded = fold_layer(tensors, both.served.shape, None, transforms)
     folded = {name: tensor.float() for name, tensor in folded.items()}
     floats = {name: tensor for name, tensor in folded.items() if tensor.dim() == 1}
-    layer = quantizer.run("", folded, floats, streams, lambda name: None, ranges)
+    layer = quantizer.run(0, folded, floats, streams, lambda name: None, ranges)
     return layer, record
 
 

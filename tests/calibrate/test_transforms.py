@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_lowbit.architecture import ModelShape
+from vllm_lowbit.calibrate.elementwise import embedding_scale, soft_capped
 from vllm_lowbit.calibrate.stages import RESIDUAL_STAGES, DecoderStages, Online
 from vllm_lowbit.calibrate.transforms import (
     Dense,
@@ -20,6 +21,7 @@ from vllm_lowbit.calibrate.transforms import (
     fold_embedding,
     fold_head,
     fold_layer,
+    gain,
     scale_shapes,
 )
 from vllm_lowbit.kernels.hadamard.matrices import largest_order
@@ -27,6 +29,27 @@ from vllm_lowbit.kernels.hadamard.signs import random_signs
 
 MODELS = Path(__file__).parents[2] / "models"
 TOKENS = 24
+GEMMA: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 48,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 5.0,
+}
+GEMMA3: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 48,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {
+            "rope_type": "linear",
+            "rope_theta": 50000.0,
+            "factor": 4.0,
+        },
+    },
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
@@ -77,6 +100,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "num_key_value_heads": 4,
         "tie_word_embeddings": True,
+    },
+    "gemma2": {"architecture": "Gemma2ForCausalLM", **GEMMA},
+    "gemma2, one kv head, biases, no caps": {
+        "architecture": "Gemma2ForCausalLM",
+        **GEMMA,
+        "head_dim": 12,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "gemma3": {"architecture": "Gemma3ForCausalLM", **GEMMA3},
+    "gemma3, untied, a cap": {
+        "architecture": "Gemma3ForCausalLM",
+        **GEMMA3,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "final_logit_softcapping": 5.0,
     },
     "mixtral": {"architecture": "MixtralForCausalLM", "num_local_experts": 4},
     "qwen3 moe": {
@@ -136,13 +179,14 @@ class _Model:
     def logits(
         self,
         ids: torch.Tensor,
-        residual: Orthogonal,
+        residual: Orthogonal | None,
         per_layer: Callable[[], LayerTransforms],
         key: Orthogonal,
     ) -> torch.Tensor:
         embedding = self.state["model.embed_tokens.weight"]
         head = self.state.get("lm_head.weight", embedding)
         x = fold_embedding(embedding, residual)[ids].unsqueeze(0)
+        x = x * embedding_scale(self.shape, torch.float64)
         for index in range(self.shape.num_layers):
             prefix = f"model.layers.{index}."
             tensors = {
@@ -157,23 +201,31 @@ class _Model:
                 attn_input=transforms.attn_input,
                 mlp_input=transforms.mlp_input,
             )
-            stages = DecoderStages(self.config, self.shape, online)
+            stages = DecoderStages(self.config, self.shape, online).at(index)
             weights = fold_layer(tensors, self.shape, residual, transforms)
             assert weights.keys() == tensors.keys()
             assert all(weights[k].shape == tensors[k].shape for k in tensors)
             for stage in RESIDUAL_STAGES:
                 x = stages.update(stage, weights, x)
-        h = stages.norm(x, torch.ones(self.shape.hidden_size, dtype=torch.float64))
-        return (h @ fold_head(head, self.state["model.norm.weight"], residual).t())[0]
+        norm = self.state["model.norm.weight"]
+        if residual is None:
+            logits = stages.norm(x, norm) @ head.t()
+        else:
+            folded = fold_head(head, gain(norm, self.shape), residual)
+            logits = stages.normalized(x) @ folded.t()
+        return soft_capped(logits[0], self.shape.logits_cap)
 
 
 def _check(directory: Path, seed: int) -> None:
     config = AutoConfig.from_pretrained(directory)
     state = load_file(directory / "model.safetensors")
     state = {name: tensor.double() for name, tensor in state.items()}
-    # Grouped GEMMs have no float64.
+    # Grouped GEMMs have no float64, and other attention no soft cap.
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, experts_implementation="eager"
+        directory,
+        dtype=torch.float64,
+        experts_implementation="eager",
+        attn_implementation="eager",
     )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (TOKENS,), generator=generator)
@@ -188,7 +240,8 @@ def _check(directory: Path, seed: int) -> None:
     order = largest_order(shape.hidden_size)
     signed = SignedHadamard(order, random_signs(seed, shape.hidden_size))
     head = SignedHadamard(shape.head_dim)
-    for residual in (dense, signed):
+    passes = not shape.architecture.output_norms
+    for residual in (dense, signed) if passes else (None, None):
         logits = ours.logits(ids, residual, lambda: _all_of(shape, random), head)
         assert (logits - expected).norm() < 1e-6 * expected.norm()
 

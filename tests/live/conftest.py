@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ class _ServedReference(ReferenceModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from vllm import ir
 
-        weight = self.tensors[f"{name}.weight"].to(self.dtype)
+        weight = self._served_gain(name)
         x = x.to(self.dtype)
         if not residual.any():
             return self._norm(x, name), x.float()
@@ -106,16 +107,25 @@ class _ServedReference(ReferenceModel):
         )
         return normed.float(), residual.float()
 
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
         from vllm import ir
 
-        weight = self.tensors[f"{name}.weight"].to(self.dtype)
+        weight = self._served_gain(name)
         return ir.ops.rms_norm(x.to(self.dtype), weight, self.eps, None).float()
 
-    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        from vllm.model_executor.layers.activation import SiluAndMul
+    def _served_gain(self, name: str) -> torch.Tensor:
+        """Of a norm, in the dtype that vLLM has it in."""
+        gain = self._gain(name)
+        return gain if self.own.norm_offset else gain.to(self.dtype)
 
-        return SiluAndMul.forward_native(gate_up.to(self.dtype)).float()
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+
+        gate_up = gate_up.to(self.dtype)
+        if self.own.activation == "silu":
+            return SiluAndMul.forward_native(gate_up).float()
+        tanh = SimpleNamespace(approximate="tanh")
+        return GeluAndMul.forward_native(tanh, gate_up).float()
 
     def _rope(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

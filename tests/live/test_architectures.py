@@ -25,6 +25,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "Qwen2ForCausalLM", "hidden_size": 256},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
     "phi3": {"architecture": "Phi3ForCausalLM", "bos_token_id": 1, "eos_token_id": 2},
+    # Caps that scores and logits reach.
+    "gemma2": {
+        "architecture": "Gemma2ForCausalLM",
+        "tie_word_embeddings": True,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 48,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 12.0,
+    },
+    "gemma3": {
+        "architecture": "Gemma3ForCausalLM",
+        "tie_word_embeddings": True,
+        "sliding_window": 20,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 48,
+    },
     "mixtral": {"architecture": "MixtralForCausalLM", "num_local_experts": 4},
     "qwen3_moe": {
         "architecture": "Qwen3MoeForCausalLM",
@@ -117,9 +133,9 @@ def test_with_the_flag_alone(check: Any, served_reference: Any, plain: Path) -> 
     check(served_reference("w4a4kv4", directory=str(plain)), plain)
 
 
-@pytest.mark.parametrize("plain", ["qwen2", "qwen3"], indirect=True)
+@pytest.mark.parametrize("plain", ["qwen2", "gemma3"], indirect=True)
 def test_bfloat16(check: Any, served_reference: Any, plain: Path) -> None:
-    """Biases and norms are rounded where the server rounds them."""
+    """Biases, norms and the embedding's scale are rounded where the server rounds."""
     check(served_reference("w4a4kv4", torch.bfloat16, str(plain)), plain)
 
 
@@ -133,7 +149,7 @@ def test_calibrated(
     check(served_checkpoint(out), out, quantization=None)
 
 
-@pytest.mark.parametrize("plain", ["mistral", "qwen3"], indirect=True)
+@pytest.mark.parametrize("plain", ["mistral", "gemma2"], indirect=True)
 def test_a_cache_of_16_bits(check: Any, served_reference: Any, plain: Path) -> None:
     """vLLM's own attention gets the same window, queries and keys."""
     choice = {"quantization_config_dict_json": json.dumps({"scheme": "w4a4"})}

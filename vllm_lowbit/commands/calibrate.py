@@ -105,6 +105,12 @@ def calibrate(
             f"{report.untouched_experts} experts saw no token of {text.name}: their "
             "weights are rounded to nearest; more --samples may reach them"
         )
+    if report.residual_is_replaced:
+        print(
+            "the norms after attention and MLP of this model let no rotation of the "
+            "residual stream pass: online Hadamards before q, k, v and gate, up take "
+            "its place"
+        )
     plain, quantized = (
         math.exp(loss) for loss in (report.held_out.plain, report.held_out.quantized)
     )

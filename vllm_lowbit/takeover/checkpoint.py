@@ -67,7 +67,10 @@ def expected_tensors(
     Raises:
         UnsupportedError: where a linear cuts through a packed word.
     """
-    plain = {n: TensorSpec(FLOATS, size) for n, size in shape.tensors().items()}
+    plain = {
+        name: TensorSpec(FLOATS, size, unseen=shape.is_stock(name))
+        for name, size in shape.tensors().items()
+    }
     tensors: dict[str, TensorSpec] = {}
     for name, spec in plain.items():
         module, _, kind = name.rpartition(".")

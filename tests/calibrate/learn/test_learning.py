@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_lowbit.calibrate.elementwise import embedding_scale, soft_capped
 from vllm_lowbit.calibrate.learn.end_to_end import learn_transforms
 from vllm_lowbit.calibrate.learn.parameters import Learned
 from vllm_lowbit.calibrate.learn.run import Task
@@ -22,7 +23,13 @@ from vllm_lowbit.calibrate.recipe_sections import Learn
 from vllm_lowbit.calibrate.source import Source
 from vllm_lowbit.calibrate.stages import RESIDUAL_STAGES, DecoderStages, Online
 from vllm_lowbit.calibrate.text import calibration_windows, default_text
-from vllm_lowbit.calibrate.transforms import fold_embedding, fold_head, fold_layer
+from vllm_lowbit.calibrate.transforms import (
+    fold_embedding,
+    fold_head,
+    fold_layer,
+    gain,
+    norm_readers,
+)
 from vllm_lowbit.schema import Provenance
 
 MODELS = Path(__file__).parents[3] / "models"
@@ -77,19 +84,24 @@ def _logits(
     if not source.shape.tie_word_embeddings:
         head = source.tensor("lm_head.weight")
     x = fold_embedding(embedding, learned.residual)[ids]
+    x = x * embedding_scale(source.shape, torch.float64)
     for index in range(source.shape.num_layers):
         tensors = source.layer(index)
         weights = fold_layer(
             tensors, source.shape, learned.residual, learned.layer(index)
         )
-        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            weights[name] = weights[name].to(tensors[name].dtype).double()
+        for name in norm_readers(source.shape):
+            weight = weights[f"{name}.weight"]
+            stored = tensors[f"{name}.weight"].dtype
+            weights[f"{name}.weight"] = weight.to(stored).double()
         for stage in RESIDUAL_STAGES:
-            x = stages.update(stage, weights, x)
+            x = stages.at(index).update(stage, weights, x)
     if learned.residual is None:
-        return stages.norm(x, norm.double()) @ head.double().t()
-    ones = torch.ones_like(norm, dtype=torch.float64)
-    return stages.norm(x, ones) @ fold_head(head, norm, learned.residual).t()
+        logits = stages.norm(x, norm.double()) @ head.double().t()
+    else:
+        folded = fold_head(head, gain(norm, source.shape), learned.residual)
+        logits = stages.normalized(x) @ folded.t()
+    return soft_capped(logits, source.shape.logits_cap)
 
 
 def _check_exact(
@@ -101,7 +113,9 @@ def _check_exact(
     windows = torch.randint(vocab, (8, 32), generator=generator)
     learned, curve = _learn(model, recipe, windows, tmp_path)
     assert [step for step, _ in curve] == [1, 2, 3]
-    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    hf = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, attn_implementation="eager"
+    )
     with torch.no_grad():
         expected = hf(windows[:2]).logits
         logits = _logits(model, recipe, learned, windows[:2])
@@ -127,6 +141,24 @@ def _check_exact(
         ({"architecture": "Qwen2ForCausalLM", "hidden_size": 256}, ALL),
         ({"architecture": "Qwen3ForCausalLM"}, ALL),
         ({"architecture": "Phi3ForCausalLM"}, ALL),
+        (
+            {
+                "architecture": "Gemma2ForCausalLM",
+                "tie_word_embeddings": True,
+                "sliding_window": 9,
+                "attn_logit_softcapping": 2.0,
+                "final_logit_softcapping": 4.0,
+            },
+            ALL | {"residual": "hadamard"},
+        ),
+        (
+            {
+                "architecture": "Gemma3ForCausalLM",
+                "sliding_window": 9,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            ALL | {"residual": "none"},
+        ),
     ],
 )
 def test_exact_in_float64(
