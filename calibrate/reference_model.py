@@ -269,4 +269,6 @@ def _attend_through_cache(
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     lengths = starts[1:]
     scale = head_dim**-0.5
-    return kv4_attention(q, cache, table, starts, lengths, scale, window, None, rotate)
+    return kv4_attention(
+        q, cache, table, starts, lengths, scale, window, None, None, rotate
+    )
