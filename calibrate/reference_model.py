@@ -308,4 +308,6 @@ def _attend_through_cache(
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     lengths = starts[1:]
     scale, window, cap = of_scores.scale, of_scores.window, of_scores.cap
-    return kv4_attention(q, cache, table, starts, lengths, scale, window, cap, rotate)
+    return kv4_attention(
+        q, cache, table, starts, lengths, scale, window, cap, None, rotate
+    )

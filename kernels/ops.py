@@ -198,7 +198,8 @@ _register(
 _register(
     "kv4_attention(Tensor query, Tensor kv_cache, Tensor block_table,"
     " Tensor query_start_loc, Tensor seq_lens, float softmax_scale,"
-    " int? sliding_window, float? logits_soft_cap, bool rotate_query) -> Tensor",
+    " int? sliding_window, float? logits_soft_cap, Tensor? sinks, bool rotate_query)"
+    " -> Tensor",
     implementation("kv4_attention"),
     lambda query, *arguments: torch.empty_like(query),
     IMPLEMENTATIONS["kv4_attention", "triton"],
@@ -214,7 +215,7 @@ def _attention_out(*arguments: Any) -> None:
 _register(
     "kv4_attention_out(Tensor query, Tensor kv_cache, Tensor block_table,"
     " Tensor query_start_loc, Tensor seq_lens, float softmax_scale,"
-    " int? sliding_window, float? logits_soft_cap, bool rotate_query,"
+    " int? sliding_window, float? logits_soft_cap, Tensor? sinks, bool rotate_query,"
     " Tensor(a!) out, Tensor(b!)? workspace) -> ()",
     _attention_out,
     lambda *arguments: None,

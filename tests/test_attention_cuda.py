@@ -225,6 +225,7 @@ def test_forward_calls_both_parts(
         0.125,
         None,
         None,
+        None,
         True,
     )
     assert torch.equal(output[:67], expected)

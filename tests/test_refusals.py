@@ -237,7 +237,7 @@ class TestAttention:
             ("attn_type", "encoder_only", "attention type encoder_only has no 4-bit"),
             ("attn_type", "encoder_decoder", "attention type encoder_decoder has no"),
             ("head_size_v", 128, "head_size_v 128 other than head_size 64 has no"),
-            ("has_sink", True, "attention sinks has no 4-bit cache"),
+            ("has_sink", True, "attention sinks that CPUAttentionBackendImpl does not"),
             ("use_mm_prefix", True, "a prefix-LM mask has no 4-bit cache"),
             (
                 "kv_sharing_target_layer_name",

@@ -45,6 +45,7 @@ class KV4CacheMethod(BaseKVCacheMethod):
             layer.num_kv_heads,
             sliding_window=layer.sliding_window,
             logits_soft_cap=getattr(stock, "logits_soft_cap", None) or None,
+            sinks=stock.sinks if layer.has_sink else None,
             rotate=self.config.rotations.k is not None,
         )
 
@@ -158,6 +159,10 @@ class KV4AttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 
@@ -182,6 +187,7 @@ class KV4AttentionImpl(AttentionImpl):
         num_kv_heads: int,
         sliding_window: int | None,
         logits_soft_cap: float | None,
+        sinks: torch.Tensor | None,
         rotate: bool,
     ) -> None:
         self.num_heads = num_heads
@@ -190,7 +196,19 @@ class KV4AttentionImpl(AttentionImpl):
         self.num_kv_heads = num_kv_heads
         self.sliding_window = sliding_window
         self.logits_soft_cap = logits_soft_cap
+        # The model's parameter, for this rank's heads: it is loaded later.
+        self.model_sinks = self.sinks = sinks
         self.rotate = rotate
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take the loaded sinks in float32; later ones in place, for CUDA graphs."""
+        if self.sinks is None or self.model_sinks is None:
+            return
+        loaded = self.model_sinks.detach().float()
+        if self.sinks is self.model_sinks:
+            self.sinks = loaded
+        else:
+            self.sinks.copy_(loaded)
 
     def do_kv_cache_update(
         self,
@@ -236,6 +254,7 @@ class KV4AttentionImpl(AttentionImpl):
             self.scale,
             self.sliding_window,
             self.logits_soft_cap,
+            self.sinks,
             self.rotate,
         )
         return output

@@ -182,6 +182,7 @@ class KV4CudaAttentionImpl(KV4AttentionImpl):
                 self.scale,
                 self.sliding_window,
                 self.logits_soft_cap,
+                self.sinks,
                 self.rotate,
                 output[rows],
                 metadata.workspace,

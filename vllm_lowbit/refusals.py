@@ -129,7 +129,9 @@ def refuse_attention(layer: torch.nn.Module, prefix: str) -> None:
         f"head_size_v {layer.head_size_v} other than head_size {layer.head_size}": (
             layer.head_size_v != layer.head_size
         ),
-        "attention sinks": layer.has_sink,
+        f"attention sinks that {type(layer.impl).__name__} does not keep": (
+            layer.has_sink and getattr(layer.impl, "sinks", None) is None
+        ),
         "a prefix-LM mask": layer.use_mm_prefix,
         "alibi": getattr(layer.impl, "alibi_slopes", None) is not None,
         "a KV cache shared between layers": (

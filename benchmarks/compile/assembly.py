@@ -118,9 +118,8 @@ def _nvidia(compiled: Any) -> Report:
 def _amd(compiled: Any) -> Report:
     text = compiled.asm["amdgcn"]
     registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
-    spills = sum(
-        int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)
-    )
+    # The compiler's own count has scalar registers that go to lanes of vector ones.
+    spills = len(re.findall(r"^\s+scratch_(?:load|store)", text, re.M))
     code = text.partition("s_endpgm")[0]
     loop = _main_loop(code, _GCN_LABEL, _GCN_BRANCH)
     body = _GCN.findall(code if loop is None else loop)

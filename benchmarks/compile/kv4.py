@@ -31,7 +31,7 @@ INTEGER_MATRIX = r"IMMA\.16832\.S8\.S8|v_mfma_i32_\d+x\d+x\d+_i8"
 TYPES = {
     **dict.fromkeys(("key_ptr", "value_ptr", "query_ptr", "out_ptr"), "*bf16"),
     **dict.fromkeys(("sum_ptr", "factor_ptr", "partial_ptr"), "*fp32"),
-    **dict.fromkeys(("peak_ptr", "total_ptr"), "*fp32"),
+    **dict.fromkeys(("peak_ptr", "total_ptr", "sinks_ptr"), "*fp32"),
     **dict.fromkeys(("starts_ptr", "lengths_ptr"), "*i32"),
     **dict.fromkeys(("score_factor", "cap_factor"), "fp32"),
     "encoded_ptr": "*fp16",
@@ -46,12 +46,12 @@ def cases() -> Iterator[Case]:
         for head_dim in HEAD_DIMS:
             yield _store(target, head_dim)
             yield _encode(target, head_dim)
-            yield _merge(target, head_dim)
-            for mode in ("partial", "fold"):
-                yield _attend(target, head_dim, DECODE_ROWS, mode)
-            for rows in range(5, most_rows(head_dim).bit_length()):
+            yield from (_merge(target, head_dim, sinks) for sinks in (False, True))
+            for rows in range(4, most_rows(head_dim).bit_length()):
                 yield _attend(target, head_dim, 1 << rows, "partial")
-            yield _attend(target, head_dim, most_rows(head_dim), "whole")
+            for sinks in ({}, {"SINKS": True}):
+                yield _attend(target, head_dim, DECODE_ROWS, "fold", **sinks)
+                yield _attend(target, head_dim, most_rows(head_dim), "whole", **sinks)
         for extra in ({"WINDOW": True}, {"CAP": True}, {"BLOCK_SIZE": 16}):
             yield _attend(target, 128, DECODE_ROWS, "partial", **extra)
             yield _attend(target, 128, most_rows(128), "whole", **extra)
@@ -117,7 +117,7 @@ def _encode(target: str, head_dim: int) -> Case:
     )
 
 
-def _merge(target: str, head_dim: int) -> Case:
+def _merge(target: str, head_dim: int, sinks: bool) -> Case:
     quarter = head_dim // 4
     return _case(
         "kv4_attention",
@@ -127,16 +127,18 @@ def _merge(target: str, head_dim: int) -> Case:
             "QUARTER": quarter,
             "PADDED": next_power_of_two(quarter),
             "WINDOW": False,
+            "SINKS": sinks,
             "AHEAD": MERGE_AHEAD,
         },
-        name=f"head {head_dim} merge",
+        name=f"head {head_dim} merge" + " sinks" * sinks,
         options={"num_warps": 1},
+        quick=sinks and head_dim == 128 and target in QUICK_TARGETS,
     )
 
 
 def _attend(target: str, head_dim: int, rows: int, mode: str, **extra: Any) -> Case:
     nvidia = target.startswith("sm_")
-    tile, quarter = tile_of(rows, head_dim, target), head_dim // 4
+    tile, quarter = tile_of(rows, head_dim, target, mode), head_dim // 4
     decode = rows == DECODE_ROWS
     ceiling = None
     if nvidia and decode and not extra:
@@ -159,12 +161,13 @@ def _attend(target: str, head_dim: int, rows: int, mode: str, **extra: Any) -> C
             "BY_SEQUENCE": mode != "whole",
             "WINDOW": False,
             "CAP": False,
+            "SINKS": False,
             "LAZY": tile.lazy,
             "PTX": nvidia,
             **extra,
         },
         name=f"head {head_dim} rows {rows} {mode}{form}",
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
+        options=tile.options(),
         matrix=HALF_MATRIX if rows < 64 else FLOAT_MATRIX[target],
         ceiling=ceiling,
         quick=(head_dim, mode, extra) == (128, "partial", {})

@@ -186,6 +186,7 @@ def _lowbit(
             head_dim**-0.5,
             None,
             None,
+            None,
             True,
         )
 

@@ -92,14 +92,16 @@ def _compare_attention(
         torch.tensor((0, *counts)).cumsum(0).int(),
         torch.tensor((tokens, tokens // 2, 10), dtype=torch.int32),
     )
-    rest = (head_dim**-0.5, window, 20.0 if window else None, True)
-    expected = reference.kv4_attention(*inputs, *rest).float()
+    options = (head_dim**-0.5, window, 20.0 if window else None)
+    sinks = torch.linspace(-2, 4, 8) if window else None
+    expected = reference.kv4_attention(*inputs, *options, sinks, True).float()
     there = [tensor.to(device) for tensor in inputs]
-    actual = kv4_attention(*there, *rest)
+    sinks = None if sinks is None else sinks.to(device)
+    actual = kv4_attention(*there, *options, sinks, True)
     error = float((actual.cpu().float() - expected).abs().max())
     if not error <= TOLERANCE:
         return f"off by {error:.1e}"
-    if not torch.equal(kv4_attention(*there, *rest), actual):
+    if not torch.equal(kv4_attention(*there, *options, sinks, True), actual):
         return "two runs differ"
     return None
 
@@ -185,6 +187,7 @@ class _Attention:
                     starts,
                     lengths,
                     HEAD_DIM**-0.5,
+                    None,
                     None,
                     None,
                     True,

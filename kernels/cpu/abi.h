@@ -47,7 +47,8 @@ struct LowbitAttention {
   int64_t window;  // tokens that a position sees
   float score_factor, cap_factor;
   int64_t capped;
-  void* out;  // contiguous
+  const float* sinks;  // num_heads, or null
+  void* out;           // contiguous
 };
 
 struct LowbitFunctions {

@@ -100,6 +100,7 @@ class AttentionArguments(ctypes.Structure):
         ("score_factor", c_float),
         ("cap_factor", c_float),
         ("capped", c_int64),
+        ("sinks", c_void_p),
         ("out", c_void_p),
     ]
 

@@ -13,16 +13,17 @@
 namespace LOWBIT_ISA {
 
 LOWBIT_INLINE void write_row(const Attention& x, const Task& task, size_t r,
-                             const State& state, const float* values) {
+                             State state, const float* values) {
   const LowbitAttention& a = x.a;
   const size_t n = size_t(a.head_dim), bytes = type_bytes(int(a.type));
-  float row[MAX_VALUES];
-  for (size_t i = 0; i < x.value_lanes; ++i) {
-    row[x.elements[i / 4] + i % 4] = values[i] / state.total;
-  }
   const int64_t flat = task.first_row + int64_t(r);
   const int64_t token = a.starts[task.sequence] + flat / x.group;
   const int64_t head = task.kv_head * x.group + flat % x.group;
+  const float keep = a.sinks == nullptr ? 1.0f : add_sink(state, a.sinks[head]);
+  float row[MAX_VALUES];
+  for (size_t i = 0; i < x.value_lanes; ++i) {
+    row[x.elements[i / 4] + i % 4] = values[i] * keep / state.total;
+  }
   const size_t at = size_t(token * a.num_heads + head) * n;
   write_floats(row, n, int(a.type), static_cast<char*>(a.out) + at * bytes);
 }

@@ -6,7 +6,12 @@ from ctypes import byref
 import torch
 
 from ..cpu import library
-from ..cpu.library import AttentionArguments, pointer, type_code
+from ..cpu.library import (
+    AttentionArguments,
+    optional_pointer,
+    pointer,
+    type_code,
+)
 from ..hadamard.cpu import arguments as transform_arguments
 from ..kv4_store.cpu import head_strides
 from ..kv4_store.layout import check_cache
@@ -25,6 +30,7 @@ def kv4_attention(
     softmax_scale: float,
     sliding_window: int | None,
     logits_soft_cap: float | None,
+    sinks: torch.Tensor | None,
     rotate_query: bool,
 ) -> torch.Tensor:
     """As ``generic``, of which it computes every bit.
@@ -72,6 +78,7 @@ def kv4_attention(
         score_factor=factor,
         cap_factor=cap_factor,
         capped=logits_soft_cap is not None,
+        sinks=optional_pointer(sinks, "sinks", torch.float32, (heads,)),
         out=out.data_ptr(),
     )
     transform = byref(transform_arguments(head_dim, 1, False)) if rotate_query else None

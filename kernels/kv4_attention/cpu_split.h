@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One split of a block of query rows: steps 1 and 3 of kv4_attention/generic.py, and
-// the merge of step 4.
+// what its rows become, steps 4 and 5.
 #pragma once
 
 #include "cpu_weights.h"
@@ -8,7 +8,7 @@
 namespace LOWBIT_ISA {
 
 constexpr int64_t SPLIT = 256;
-constexpr float QUERY_MAX = 32512.0f, FACTOR_LIMIT = 0x1p64f;
+constexpr float QUERY_MAX = 32512.0f, FACTOR_LIMIT = 0x1p64f, LOG2_E = 1.44269504f;
 // Blocks of 16 tokens that are unpacked at a time.
 constexpr size_t UNPACKED = 8;
 
@@ -300,6 +300,18 @@ LOWBIT_INLINE void merge(const Attention& x, State& state, float* values,
     store_lanes(values + i, old + load_lanes(split_values + i) * take);
   }
   state = {peak, state.total * keep + split.total * take};
+}
+
+// Step 5 for one row, whose state has all splits: adds to the total, and returns the
+// factor on the values.
+LOWBIT_INLINE float add_sink(State& state, float sink) {
+  const float sink_peak = sink * LOG2_E;
+  if (sink_peak == MINUS_INFINITY) return 1.0f;
+  if (!is_finite(sink_peak)) return NOT_A_NUMBER;
+  const float peak = larger(state.peak, sink_peak);
+  const float keep = exp2(state.peak - peak);
+  state = {peak, state.total * keep + exp2(sink_peak - peak)};
+  return keep;
 }
 
 }  // namespace LOWBIT_ISA

@@ -22,12 +22,16 @@ of bytes compute it. ``u`` is a cached code, ``zero' = zero - 8`` (exact).
    once, the split's value is ``(A - Z) * s_w``.
 4. Splits are merged in ascending order, those without a visible token left out:
    ``m' = max(m, m_s)``, ``a = exp2(m - m')``, ``b = exp2(m_s - m')``, and
-   ``value * a + value_s * b``, the total likewise. The result is value / total.
+   ``value * a + value_s * b``, the total likewise.
+5. A sink is one more part, with the peak ``m_s = sink * log2(e)``, a total of 1 and no
+   value: ``value * a`` and ``total * a + b``; -inf is left out. The result is
+   value / total.
 
 A row is NaN when a visible token has parameters that the store does not write for
-finite values (a scale that is not positive and finite, a zero not within 1024), or when
+finite values (a scale that is not positive and finite, a zero not within 1024), when
 its factor is not below 2^64: a query that is not finite, or one so large that a score
-might not be. Sums are exact because zeros are multiples of 1/64.
+might not be, or when the peak of its sink is NaN or inf in float32. Sums are exact
+because zeros are multiples of 1/64.
 
 Rounding moves a query element by at most ``max|q| / 65024``, a weight by at most 1 /
 131070 of its split's largest: about 1e-5 of the values at usual lengths, where bfloat16
@@ -46,12 +50,13 @@ from ..grid import KV_MAX_ZERO, TINY
 from ..hadamard.generic import hadamard
 from ..kv4_store.layout import planes, unpack_nibbles
 from .exponential import exp2, tanh
-from .reference import check_heads
+from .reference import check_heads, check_sinks
 
 SPLIT = 256
 QUERY_BLOCK = 128
 QUERY_MAX = 127 * 256
 WEIGHT_MAX = 255 * 257
+LOG2_E = 1.0 / math.log(2.0)
 DIGIT = 256
 CENTRE = 8
 TOTAL_UNIT = 2.0**-22
@@ -77,10 +82,9 @@ def score_factors(softmax_scale: float, soft_cap: float | None) -> tuple[float, 
 
     Both are rounded to float32 where they are used.
     """
-    log2_e = 1.0 / math.log(2.0)
     if soft_cap is None:
-        return softmax_scale * log2_e, 1.0
-    return softmax_scale / soft_cap, soft_cap * log2_e
+        return softmax_scale * LOG2_E, 1.0
+    return softmax_scale / soft_cap, soft_cap * LOG2_E
 
 
 def kv4_attention(
@@ -92,6 +96,7 @@ def kv4_attention(
     softmax_scale: float,
     sliding_window: int | None,
     logits_soft_cap: float | None,
+    sinks: torch.Tensor | None,
     rotate_query: bool,
 ) -> torch.Tensor:
     """As the reference, of which it computes the 16-bit fixed-point version above.
@@ -100,6 +105,7 @@ def kv4_attention(
         ValueError: as the reference, and for pages of more than SPLIT tokens.
     """
     check_heads(query, kv_cache)
+    check_sinks(sinks, query.shape[1])
     size = split_size(kv_cache.shape[2])
     num_kv_heads = kv_cache.shape[1]
     rotated = hadamard(query, query.shape[-1]) if rotate_query else query.float()
@@ -116,6 +122,7 @@ def kv4_attention(
             softmax_scale,
             sliding_window,
             logits_soft_cap,
+            sinks,
         )
         out[rows] = attended.flatten(2, 3).to(query.dtype)
     return out
@@ -182,6 +189,7 @@ def _attend(
     softmax_scale: float,
     window: int | None,
     soft_cap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of float32 ``q [items, rows, heads, group, head_dim]``; same shape."""
     items, rows, heads, group, head_dim = q.shape
@@ -222,6 +230,15 @@ def _attend(
         split_total = split_total.mul_(TOTAL_UNIT).mul_(take)
         total = torch.where(seen, total * keep + split_total, total)
         peak = torch.where(seen, new_peak, peak)
+    if sinks is not None:
+        # A row is one token and head of the group, heads inner.
+        sink = sinks.view(heads, group).repeat(1, rows).unsqueeze(-1) * LOG2_E
+        poisoned |= ~(sink < torch.inf)
+        there = sink > -torch.inf
+        new_peak = torch.maximum(peak, sink)
+        keep = exp2(peak - new_peak)
+        value = torch.where(there, value * keep, value)
+        total = torch.where(there, total * keep + exp2(sink - new_peak), total)
     out = value.div_(total).masked_fill_(poisoned, torch.nan)
     return out.view(items, heads, rows, group, head_dim).transpose(1, 2)
 

@@ -51,6 +51,19 @@ def check_heads(query: torch.Tensor, kv_cache: torch.Tensor) -> None:
         )
 
 
+def check_sinks(sinks: torch.Tensor | None, num_heads: int) -> None:
+    """Raise ValueError unless sinks are None or float32, one for each query head."""
+    if sinks is None:
+        return
+    if sinks.dtype != torch.float32 or sinks.shape != (num_heads,):
+        raise ValueError(
+            f"sinks must be torch.float32 [{num_heads}], got {sinks.dtype} "
+            f"{list(sinks.shape)}"
+        )
+    if not sinks.is_contiguous():
+        raise ValueError(f"sinks must be contiguous, got strides {sinks.stride()}")
+
+
 def kv4_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -60,6 +73,7 @@ def kv4_attention(
     softmax_scale: float,
     sliding_window: int | None,
     logits_soft_cap: float | None,
+    sinks: torch.Tensor | None,
     rotate_query: bool,
 ) -> torch.Tensor:
     """Attention of each sequence's newest tokens over its whole cached context.
@@ -76,17 +90,24 @@ def kv4_attention(
         softmax_scale: factor on the scores.
         sliding_window: tokens a position sees, itself included; None for all.
         logits_soft_cap: ``cap * tanh(score / cap)``; None for no cap.
+        sinks: float32 ``[num_heads]``, a logit of each head that takes part in every
+            row's softmax and has no value (OpenAI, gpt-oss model card, 2025); neither
+            softmax_scale nor the cap applies to it. -inf is no sink, NaN and +inf
+            make the head NaN. A row that sees no token is zero with a sink and NaN
+            without. None for no sinks.
         rotate_query: apply the Hadamard of order head_dim, as the keys had.
 
     Returns:
         ``[tokens, num_heads, head_dim]`` in the dtype of query.
 
     Raises:
-        ValueError: when the heads do not divide or the cache is of another form.
+        ValueError: when the heads do not divide, or the cache or the sinks are of
+            another form.
     """
     out = torch.empty_like(query)
     num_kv_heads = kv_cache.shape[1]
     check_heads(query, kv_cache)
+    check_sinks(sinks, query.shape[1])
     starts = query_start_loc.tolist()
     for i, seq_len in enumerate(seq_lens.tolist()):
         rows = slice(starts[i], starts[i + 1])
@@ -102,7 +123,11 @@ def kv4_attention(
         hidden = token > position
         if sliding_window is not None:
             hidden |= token <= position - sliding_window
-        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            sink = sinks.double().view(num_kv_heads, -1, 1, 1)
+            scores = torch.cat((scores, sink.expand(*scores.shape[:3], 1)), dim=-1)
+        probabilities = scores.softmax(dim=-1)[..., :seq_len]
         # 0 * NaN is NaN: a value that is hidden from a row must not reach it.
         bad = ~torch.isfinite(v).all(dim=-1)
         attended = torch.einsum(

@@ -12,6 +12,7 @@ arithmetic of the CPU backends. Scores and weights are 16-bit floats on matrix u
   to fp16: by 2^-12 of itself, or 2^-25 of the row's largest. Values are ``sum w u``
   minus ``sum w zero`` with the *same* rounded w, so nothing cancels; their total is
   ``sum p / 2^e`` in float32.
+* A sink adds its share to the total in float32.
 * So a value is off by about ``2^-12 / sqrt(tokens)`` of the values' size, and by what
   2^-12 in the query moves the scores: ``tolerance`` in
   tests/kernels/triton/test_kv4_attention.py.
@@ -22,8 +23,8 @@ query rows, tokens times heads of a group, for each sequence) do not depend on t
 rows. Longer queries take other tiles, whose bits are their own.
 
 A row is NaN when a visible token has parameters that the store does not write for
-finite values (a scale that is not positive and finite, a zero that is not finite), or
-when its own query is not finite.
+finite values (a scale that is not positive and finite, a zero that is not finite), when
+its own query is not finite, or when its sink in base 2 is NaN or inf in float32.
 """
 
 import math
@@ -41,7 +42,7 @@ from ..kv4_store.triton import (
     rotation_table,
     row_warps,
 )
-from .reference import check_heads
+from .reference import check_heads, check_sinks
 from .splits import split_count
 from .triton_plan import Plan, plan
 
@@ -84,6 +85,7 @@ def kv4_attention(
     softmax_scale: float,
     sliding_window: int | None,
     logits_soft_cap: float | None,
+    sinks: torch.Tensor | None,
     rotate_query: bool,
 ) -> torch.Tensor:
     """As the reference, with the arithmetic above; nothing waits for the device.
@@ -101,6 +103,7 @@ def kv4_attention(
         softmax_scale,
         sliding_window,
         logits_soft_cap,
+        sinks,
         rotate_query,
         out,
         None,
@@ -117,6 +120,7 @@ def kv4_attention_out(
     softmax_scale: float,
     sliding_window: int | None,
     logits_soft_cap: float | None,
+    sinks: torch.Tensor | None,
     rotate_query: bool,
     out: torch.Tensor,
     workspace: torch.Tensor | None,
@@ -147,6 +151,7 @@ def kv4_attention_out(
     check_integers(block_table, "block_table", (num_seqs, -1))
     check_integers(query_start_loc, "query_start_loc", (num_seqs + 1,))
     check_integers(seq_lens, "seq_lens", (-1,))
+    check_sinks(sinks, num_heads)
     check_devices(
         query.device,
         kv_cache=kv_cache,
@@ -154,6 +159,7 @@ def kv4_attention_out(
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         out=out,
+        sinks=sinks,
     )
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
@@ -189,6 +195,7 @@ def kv4_attention_out(
         out,
         sliding_window,
         logits_soft_cap,
+        sinks,
         inline_ptx(arch),
     )
 
@@ -273,11 +280,14 @@ def _launch(
     out: torch.Tensor,
     window: int | None,
     soft_cap: float | None,
+    sinks: torch.Tensor | None,
     ptx: bool,
 ) -> None:
     from .triton_kernel import attend, merge
 
     num_heads, head_dim = out.shape[1:]
+    # Without sinks nothing is read there.
+    sinks_or_other = parts.factor if sinks is None else sinks
     quarter = head_dim // 4
     padded = next_power_of_two(quarter)
     attend[chosen.grid](
@@ -288,6 +298,7 @@ def _launch(
         block_table,
         query_start_loc,
         seq_lens,
+        sinks_or_other,
         out,
         parts.values,
         parts.peak,
@@ -312,10 +323,10 @@ def _launch(
         BY_SEQUENCE=chosen.by_sequence,
         WINDOW=window is not None,
         CAP=soft_cap is not None,
+        SINKS=sinks is not None,
         LAZY=chosen.tile.lazy,
         PTX=ptx,
-        num_warps=chosen.tile.warps,
-        num_stages=chosen.tile.stages,
+        **chosen.tile.options(),
     )
     if chosen.mode == "partial":
         merge[(seq_lens.shape[0], num_heads)](
@@ -324,6 +335,7 @@ def _launch(
             parts.total,
             query_start_loc,
             seq_lens,
+            sinks_or_other,
             out,
             num_heads,
             chosen.max_splits,
@@ -332,6 +344,7 @@ def _launch(
             QUARTER=quarter,
             PADDED=padded,
             WINDOW=window is not None,
+            SINKS=sinks is not None,
             AHEAD=MERGE_AHEAD,
             num_warps=1,
         )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .splits import LEVELS
-from .triton_part import INFINITY, fold, part, write_out
+from .triton_part import INFINITY, add_sink, fold, part, write_out
 
 LEVEL_1 = tl.constexpr(LEVELS[1][0])
 LEVEL_2 = tl.constexpr(LEVELS[2][0])
@@ -71,6 +71,7 @@ def attend(
     table_ptr,
     starts_ptr,
     lengths_ptr,
+    sinks_ptr,
     out_ptr,
     partial_ptr,
     peak_ptr,
@@ -98,6 +99,7 @@ def attend(
     BY_SEQUENCE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    SINKS: tl.constexpr,
     LAZY: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -220,6 +222,8 @@ def attend(
                     tl.store(value_ptr + 3 * QUARTER, d_2, mask=mask)
                 split += tl.num_programs(2)
         if MODE != "partial":
+            if SINKS:
+                total = add_sink(peak, total, tl.load(sinks_ptr + query_head))
             place = token * out_token_stride + query_head * out_head_stride
             write_out(out_ptr + place, live, total, a, b, c, d, QUARTER, PADDED)
         block += 1
@@ -232,6 +236,7 @@ def merge(
     total_ptr,
     starts_ptr,
     lengths_ptr,
+    sinks_ptr,
     out_ptr,
     num_heads,
     max_splits,
@@ -241,6 +246,7 @@ def merge(
     QUARTER: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """Merge the splits of a sequence's rows in ascending order, AHEAD loaded at once.
@@ -259,7 +265,8 @@ def merge(
         first = 0
         if WINDOW:
             first = split_of(tl.maximum(position - window + 1, 0))
-        last = split_of(tl.cast(position, tl.int32)) + 1
+        # A position before the sequence sees nothing, and nothing was written for it.
+        last = tl.where(position < 0, 0, split_of(tl.cast(position, tl.int32)) + 1)
         place = (tl.cast(row, tl.int64) * num_heads + head) * max_splits
         peak = tl.full((1,), -INFINITY, tl.float32)
         total = tl.zeros((1,), tl.float32)
@@ -282,5 +289,7 @@ def merge(
                 peak, total, a, b, c, d = fold(
                     peak, total, a, b, c, d, peak_2, total_2, a_2, b_2, c_2, d_2
                 )
+        if SINKS:
+            total = add_sink(peak, total, tl.load(sinks_ptr + head + one))
         place = tl.cast(row, tl.int64) * out_token_stride + head * out_head_stride
         write_out(out_ptr + place + one, one == 0, total, a, b, c, d, QUARTER, PADDED)

@@ -9,10 +9,13 @@ planes of D/4 elements here; K and V are read as words, and each plane has a pro
 its own. ``triton.py`` describes the arithmetic.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 INFINITY = tl.constexpr(float("inf"))
+LOG2_E = tl.constexpr(1.0 / math.log(2.0))
 LOW_UNIT = tl.constexpr(2.0**24)  # of codes in bits 0 to 3
 HIGH_UNIT = tl.constexpr(2.0**20)  # of codes in bits 4 to 7
 LOW_OVER_HIGH = tl.constexpr(2.0**-4)
@@ -207,6 +210,18 @@ def part(
     a, b = a * LOW_UNIT - zeros, b * LOW_UNIT - zeros
     c, d = c * HIGH_UNIT - zeros, d * HIGH_UNIT - zeros
     return peak, total, a, b, c, d
+
+
+@triton.jit
+def add_sink(peak, total, sink):
+    """Totals of rows with the shares of their sinks, which have no values.
+
+    A total may become infinite, and its row zero, where the sink is far above the peak
+    or nothing is visible.
+    """
+    log2_e = tl.full(peak.shape, 1.0, tl.float32) * LOG2_E
+    share = tl.exp2(tl.fma(sink, log2_e, -peak))
+    return total + tl.where(sink * log2_e < INFINITY, share, float("nan"))
 
 
 @triton.jit

@@ -25,6 +25,7 @@ class Tile:
         warps: of a program.
         stages: of the loop's pipeline.
         lazy: add sums over tokens after the loop, from a sum for each column.
+        registers: that a thread may have; None leaves it to the compiler.
     """
 
     rows: int
@@ -32,22 +33,34 @@ class Tile:
     warps: int
     stages: int
     lazy: bool
+    registers: int | None
+
+    def options(self) -> dict[str, int]:
+        """Those of the launch that are not arguments of the kernel."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.registers is not None:
+            options["maxnreg"] = self.registers
+        return options
 
 
-def tile_of(rows: int, head_dim: int, arch: str) -> Tile:
+def tile_of(rows: int, head_dim: int, arch: str, mode: str) -> Tile:
     """The configuration for so many query rows; offline compilation chose it.
 
     Triton gives the warps of a product the columns of 16 rows, but the rows where there
     are more of those; with too few of either they would repeat each other's work.
     """
     amd = arch.startswith("gfx")
+    padded = next_power_of_two(head_dim) != head_dim
+    crowded = mode == "whole" or (padded and (mode == "fold" or rows > DECODE_ROWS))
+    # Left to itself ptxas spills a few registers for one more resident program.
+    registers = 255 if crowded and arch.startswith("sm_") else None
     if rows > DECODE_ROWS:
-        return Tile(rows, 32, rows // 16, 2, False)
+        return Tile(rows, 32, rows // 16, 2, False, registers)
     if head_dim == 64:
-        return Tile(rows, 32 if amd else 64, 1, 2 if amd else 3, False)
+        return Tile(rows, 32 if amd else 64, 1, 2 if amd else 3, False, registers)
     if amd:
-        return Tile(rows, 32, 2, 2, False)
-    return Tile(rows, 64, 4, 3, True)
+        return Tile(rows, 32, 2, 2, False, registers)
+    return Tile(rows, 64, 4, 3, True, registers)
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ def plan(
         mode = "partial"
         over = min(max_splits, max(1, -(-programs // (blocks * kv_heads))))
     return Plan(
-        tile_of(rows, head_dim, arch),
+        tile_of(rows, head_dim, arch, mode),
         block_q,
         short,
         mode,

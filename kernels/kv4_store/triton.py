@@ -47,10 +47,10 @@ def check_rows(x: torch.Tensor, name: str, shape: tuple[int, int, int]) -> None:
         raise ValueError(f"heads of {name} must be contiguous, got {x.stride()}")
 
 
-def check_devices(device: torch.device, **others: torch.Tensor) -> None:
+def check_devices(device: torch.device, **others: torch.Tensor | None) -> None:
     """Raise ValueError for a tensor that is not on the device of the first one."""
     for name, tensor in others.items():
-        if tensor.device != device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 

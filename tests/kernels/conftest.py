@@ -136,6 +136,7 @@ class KVBatch:
         window: int | None = None,
         cap: float | None = None,
         scale: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run an implementation of ``kv4_attention`` on the batch."""
         starts = torch.tensor((0, *self.query_lens)).cumsum(0).int()
@@ -148,6 +149,7 @@ class KVBatch:
             self.query.shape[-1] ** -0.5 if scale is None else scale,
             window,
             cap,
+            sinks,
             self.rotate,
         )
 

@@ -251,7 +251,8 @@ def test_any_shape(data: st.DataObject, kv_batch: Callable[..., Any]) -> None:
     window = data.draw(st.none() | st.integers(1, 320))
     cap = data.draw(st.none() | st.floats(1, 50))
     scale = data.draw(st.floats(0.01, 1))
-    arguments = {"window": window, "cap": cap, "scale": scale}
+    sinks = data.draw(st.none() | st.just(torch.randn(batch.query.shape[1])))
+    arguments = {"window": window, "cap": cap, "scale": scale, "sinks": sinks}
     expected = batch.attend(reference.kv4_attention, **arguments)
     actual = batch.attend(generic.kv4_attention, **arguments)
     assert torch.isfinite(actual).all()

@@ -80,6 +80,7 @@ def row_by_hand(
     split_size: int,
     scale: float,
     cap: float | None,
+    sink: float | None,
 ) -> np.ndarray:
     """One query row of one head, float32 ``[head_dim]``."""
     codes, q_scale = codes_by_hand(q, 32512)
@@ -124,16 +125,22 @@ def row_by_hand(
             ],
         )
     assert state is not None
-    return np.array([v / state[1] for v in state[2]], dtype=F)
+    peak, total, values = state
+    if sink is not None:
+        sink_peak = F(sink) * F(1 / math.log(2))
+        new_peak = max(peak, sink_peak)
+        keep, take = exp2_by_hand(peak - new_peak), exp2_by_hand(sink_peak - new_peak)
+        total, values = total * keep + take, [v * keep for v in values]
+    return np.array([v / total for v in values], dtype=F)
 
 
 @pytest.mark.parametrize(
-    ("window", "cap", "block_size", "scale", "rotate"),
+    ("window", "cap", "block_size", "scale", "rotate", "sinks"),
     [
-        (None, None, 16, 0.125, True),
-        (None, 7.0, 48, 0.5, False),
-        (300, None, 128, 3.0, True),
-        (5, 1.0, 16, 0.01, False),
+        (None, None, 16, 0.125, True, None),
+        (None, 7.0, 48, 0.5, False, (0.1, 5.0, 20.0, -3.0)),
+        (300, None, 128, 3.0, True, (7.0, -200.0, 0.3, 90.0)),
+        (5, 1.0, 16, 0.01, False, None),
     ],
 )
 def test_by_hand(
@@ -142,10 +149,17 @@ def test_by_hand(
     block_size: int,
     scale: float,
     rotate: bool,
+    sinks: tuple[float, ...] | None,
     kv_batch: Callable[..., Any],
 ) -> None:
     batch = kv_batch([600, 20], [2, 1], block_size=block_size, rotate=rotate)
-    out = batch.attend(kv4_attention, window=window, cap=cap, scale=scale)
+    out = batch.attend(
+        kv4_attention,
+        window=window,
+        cap=cap,
+        scale=scale,
+        sinks=None if sinks is None else torch.tensor(sinks),
+    )
     rotated = hadamard(batch.query, 64) if rotate else batch.query
     split_size = 288 if block_size == 48 else 256
     for index, row, head, position in ((0, 0, 3, 598), (0, 1, 0, 599), (1, 2, 1, 19)):
@@ -157,6 +171,7 @@ def test_by_hand(
             split_size,
             scale,
             cap,
+            None if sinks is None else sinks[head],
         )
         assert np.array_equal(out[row, head].numpy(), expected)
 

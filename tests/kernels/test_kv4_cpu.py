@@ -20,6 +20,15 @@ pytestmark = pytest.mark.usefixtures("garbage_in_empty")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (16, 32, 48, 64, 80, 128, 256)
+# Logits of sinks: none, negligible, ordinary, all there is.
+SINKS = (-torch.inf, -400.0, -2.5, 0.0, 1.0, 30.0, 1e30)
+
+
+def sinks_of(data: st.DataObject, num_heads: int) -> torch.Tensor | None:
+    """Some for every head, or None."""
+    logits = st.lists(st.sampled_from(SINKS), min_size=num_heads, max_size=num_heads)
+    drawn = data.draw(st.none() | logits)
+    return None if drawn is None else torch.tensor(drawn)
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -53,6 +62,7 @@ def test_attention_of_any_shape(
         "window": data.draw(st.none() | st.integers(1, 320)),
         "cap": data.draw(st.none() | st.floats(0.1, 50)),
         "scale": data.draw(st.sampled_from((1e-30, 0.01, 0.125, 1.0, 30.0, 1e6, -0.1))),
+        "sinks": sinks_of(data, batch.query.shape[1]),
     }
     torch.set_num_threads(data.draw(st.integers(1, 2)))
     expected = batch.attend(generic.kv4_attention, **arguments)
@@ -68,12 +78,13 @@ def test_threads_that_share_a_context(
 ) -> None:
     """Pieces of a long context are merged in order, whoever computes them."""
     batch = kv_batch([1500, 3], [rows, 1], num_heads=2, head_dim=head_dim)
-    for window in (None, 1100):
-        expected = batch.attend(generic.kv4_attention, window=window)
+    for window, sinks in ((None, torch.tensor([2.0, -1.0])), (1100, None)):
+        arguments = {"window": window, "sinks": sinks}
+        expected = batch.attend(generic.kv4_attention, **arguments)
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             with library.force_isa(isa):
-                assert_equal(batch.attend(cpu.kv4_attention, window=window), expected)
+                assert_equal(batch.attend(cpu.kv4_attention, **arguments), expected)
 
 
 @pytest.mark.parametrize("group", [1, 2, 5, 32, 71])
@@ -128,6 +139,9 @@ def test_nan_of_parameters_and_queries(
     arguments = {
         "window": data.draw(st.none() | st.integers(1, 700)),
         "cap": data.draw(st.sampled_from((None, 5.0))),
+        "sinks": data.draw(
+            st.sampled_from((None, torch.tensor([torch.nan, torch.inf, 3e38, 0, 1, 2])))
+        ),
     }
     expected = batch.attend(generic.kv4_attention, **arguments)
     with library.force_isa(isa):

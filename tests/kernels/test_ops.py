@@ -142,17 +142,19 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
             (key.to(bf16), key.to(bf16), cache, torch.tensor([0, 1, 2]), False),
         ],
         "kv4_attention": [
-            (batch.query, *paged, 0.125, None, None, True),
-            (batch.query.to(bf16), *paged, 0.125, 8, 20.0, False),
+            (batch.query, *paged, 0.125, None, None, None, True),
+            (batch.query.to(bf16), *paged, 0.125, 8, 20.0, torch.randn(4), False),
         ],
         "kv4_attention_out": [
-            (batch.query, *paged, 0.125, None, None, True, batch.query + 1, None),
+            (batch.query, *paged, 0.125, None, None, None, True)
+            + (batch.query + 1, None),
             (
                 batch.query,
                 *paged,
                 0.125,
                 8,
                 20.0,
+                torch.randn(4),
                 False,
                 batch.query + 1,
                 torch.ones(9),
@@ -325,7 +327,7 @@ def test_compiled_attention(kv_batch: Callable[..., Any]) -> None:
     ) -> torch.Tensor:
         torch.ops.lowbit.kv4_store(key, key, cache, slot, True)
         return torch.ops.lowbit.kv4_attention(
-            query, cache, batch.block_table, starts, lengths, 0.1, None, None, True
+            query, cache, batch.block_table, starts, lengths, 0.1, *(None,) * 3, True
         )
 
     torch._dynamo.reset()

@@ -160,6 +160,7 @@ def check_any_shape(data: st.DataObject, kv_batch: Batches) -> None:
         window=data.draw(st.none() | st.integers(1, 320)),
         cap=data.draw(st.none() | st.floats(1, 50)),
         scale=data.draw(st.floats(0.01, 1)),
+        sinks=data.draw(st.none() | st.just(torch.randn(batch.query.shape[1]))),
     )
 
 

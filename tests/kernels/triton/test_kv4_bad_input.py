@@ -42,6 +42,7 @@ def attention_arguments() -> Arguments:
         "softmax_scale": 0.125,
         "sliding_window": None,
         "logits_soft_cap": None,
+        "sinks": torch.zeros(4),
         "rotate_query": True,
         "out": torch.empty_like(query),
         "workspace": None,
@@ -121,6 +122,10 @@ def test_arguments_are_right_before_they_are_changed() -> None:
     ("seq_lens", lambda x: x.to("meta"), "seq_lens must be on cpu, got meta"),
     ("sliding_window", lambda x: 0, "sliding_window must be at least 1, got 0"),
     ("logits_soft_cap", lambda x: 0.0, "logits_soft_cap must be positive, got 0.0"),
+    ("sinks", lambda x: x[:2], r"sinks must be torch.float32 \[4\], got .* \[2\]"),
+    ("sinks", lambda x: x.bfloat16(), "sinks must be torch.float32 .*, got .*bfloat16"),
+    ("sinks", lambda x: torch.zeros(8)[::2], "sinks must be contiguous, got strides"),
+    ("sinks", lambda x: x.to("meta"), "sinks must be on cpu, got meta"),
     (
         "workspace",
         lambda x: torch.empty(10),
