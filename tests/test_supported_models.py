@@ -329,21 +329,13 @@ def test_tensors_of_an_architecture_are_needed(
 
 
 def test_an_embedding_that_vllm_holds_is_finite(
-    tmp_path: Path,
-    tiny_model: Callable[..., Path],
-    lowbit_checkpoint: Callable[..., Path],
-    rewrite: Callable[..., Path],
+    tmp_path: Path, tiny_model: Callable[..., Path], rewrite: Callable[..., Path]
 ) -> None:
     """No layer method of ours sees it."""
-    plain = tiny_model(tmp_path / "plain", **_keys(GEMMA2))
-    packed = lowbit_checkpoint(tmp_path / "packed", plain)
-    for directory in (plain, packed):
-        rewrite(directory, lambda t: t["model.embed_tokens.weight"][3].fill_(math.nan))
-    message = "model.embed_tokens.weight of .* holds a non-finite value"
-    with pytest.raises(CheckpointError, match=message):
+    plain, name = tiny_model(tmp_path, **_keys(GEMMA2)), "model.embed_tokens.weight"
+    rewrite(plain, lambda tensors: tensors[name][3].fill_(math.nan))
+    with pytest.raises(CheckpointError, match=f"{name} of .* holds a non-finite value"):
         check(plain)
-    with pytest.raises(CheckpointError, match=message):
-        require_headers(packed, *read_checkpoint(packed))
 
 
 @pytest.mark.parametrize(
