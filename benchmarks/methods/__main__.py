@@ -8,11 +8,13 @@
 A cell is MODEL/SCHEME/METHOD/SEED. Each is calibrated and measured in a process of its
 own and written to results/methods.json at once; one that is there is not measured
 again, unless its recipe, the model or a text changed, or --again is given. Every run
-ends by writing methods.md and the plots anew. Needs the extra `bench`; with --ray the
+ends by writing methods.md and the plots anew, from what is still measured as it would
+be now. Needs the extra `bench`; with --ray the
 extra `ray` too, and on every node this repository at the same path.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -41,6 +43,7 @@ def main() -> None:
     # Lets the cells that run be ended as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     store = Store(arguments.results / "methods.json")
+    store.keep_current(_fingerprints())
     chosen = select(arguments.cells)
     if not chosen:
         raise SystemExit(f"no cell matches {arguments.cells!r}; --list prints them")
@@ -52,6 +55,21 @@ def main() -> None:
     from .report import write_report
 
     print(write_report(store, arguments.results))
+
+
+def _fingerprints() -> dict[str, str]:
+    """Of every cell that can be measured, by key."""
+    from vllm_lowbit.errors import ConfigError
+
+    from .cells import all_cells
+    from .protocol import inputs
+
+    found = {}
+    for cell in all_cells():
+        with contextlib.suppress(ConfigError):
+            if cell.skipped() is None:
+                found[cell.key] = cell.fingerprint(inputs(cell.model))
+    return found
 
 
 def _run(store: Any, chosen: list[Any], arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
 import json
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,19 @@ class Store:
         """Whether a cell was measured as it would be now, without an error."""
         record = self.cells.get(cell.key, {})
         return "error" not in record and record.get("fingerprint") == fingerprint
+
+    def keep_current(self, fingerprints: Mapping[str, str]) -> None:
+        """Drop what was measured otherwise than it would be now: of another recipe,
+        model or text.
+
+        Args:
+            fingerprints: of every cell, by key.
+        """
+        self.cells = {
+            key: record
+            for key, record in self.cells.items()
+            if record.get("fingerprint") == fingerprints.get(key)
+        }
 
     def result(self, key: str) -> Record | None:
         """What a cell measured, None when it was not, or failed."""

@@ -191,6 +191,15 @@ class TestStore:
         assert store.result(cell.key) is None
         assert store.errors() == {cell.key: "Bad: y"}
 
+    def test_only_what_would_be_measured_again_is_reported(
+        self, methods: Any, store: Any
+    ) -> None:
+        first, second, third = methods("cells").all_cells()[:3]
+        for cell in (first, second, third):
+            store.write(cell, record(36.0, environment={}))
+        store.keep_current({first.key: "x", second.key: "of a changed recipe"})
+        assert store.cells.keys() == {first.key}
+
     def test_time_limit_and_order(
         self, methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

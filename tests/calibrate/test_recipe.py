@@ -216,7 +216,9 @@ class TestLearn:
 
     def test_the_best_is_ostquant_and_more(self) -> None:
         best, published = load_recipe("lowbit-best"), load_recipe("ostquant")
-        assert (best.transforms, best.learn) == (published.transforms, published.learn)
+        coarse = best.learn.model_copy(update={"extra_weight_bits": 0})
+        assert (best.transforms, coarse) == (published.transforms, published.learn)
+        assert best.learn.extra_weight_bits
         assert best.weights.method == "gptaq" and best.weights.act_order
         assert best.activations.clip_ratio < 1
 
