@@ -26,7 +26,7 @@ import torch
 
 from vllm_lowbit.kernels.gpu import configs
 from vllm_lowbit.kernels.gpu.configs import LinearConfig, Row
-from vllm_lowbit.kernels.gpu.target import INTERPRETED, architecture
+from vllm_lowbit.kernels.gpu.target import E4M3_SUMS, INTERPRETED, architecture
 
 from .gpu.linears import Arms
 from .gpu.timing import seconds
@@ -36,7 +36,8 @@ OPERATORS = ("linear_w4a4", "linear_wna16")
 SHAPES = ((28672, 4096), (4096, 14336), (4096, 4096))
 MANY = (512, 4096)
 GROUPS = {"channel": 0, "group": 128}
-SETTINGS: dict[str, tuple[int | bool, ...]] = {
+Settings = dict[str, tuple[int | bool, ...]]
+SETTINGS: Settings = {
     "block_n": (32, 64, 128, 256),
     "swap": (False, True),
     "warps": (4, 8),
@@ -51,19 +52,29 @@ Table = dict[str, dict[str, list[Row]]]
 Cost = Callable[[LinearConfig], float]
 
 
-def tuned(config: LinearConfig, cost: Cost, ends: float) -> tuple[LinearConfig, float]:
+def settings_of(operator: str, arch: str) -> Settings:
+    """What may be changed of an operator's configurations on a chip."""
+    if operator == "linear_w4a4" and arch in E4M3_SUMS:
+        return {"e4m3": (False, True), **SETTINGS}
+    return SETTINGS
+
+
+def tuned(
+    config: LinearConfig, cost: Cost, ends: float, settings: Settings = SETTINGS
+) -> tuple[LinearConfig, float]:
     """The best that changes of one setting at a time lead to, and its cost.
 
     Args:
         config: where to start.
         cost: of a configuration.
         ends: time.monotonic() after which nothing else is tried.
+        settings: their values, by name.
     """
     best, known = cost(config), {config}
     improved = True
     while improved:
         improved = False
-        for changed in _neighbours(config):
+        for changed in _neighbours(config, settings):
             if changed in known or time.monotonic() > ends:
                 continue
             known.add(changed)
@@ -73,8 +84,8 @@ def tuned(config: LinearConfig, cost: Cost, ends: float) -> tuple[LinearConfig, 
     return config, best
 
 
-def _neighbours(config: LinearConfig) -> Iterator[LinearConfig]:
-    for name, values in SETTINGS.items():
+def _neighbours(config: LinearConfig, settings: Settings) -> Iterator[LinearConfig]:
+    for name, values in settings.items():
         for value in values:
             if value != getattr(config, name):
                 yield replace(config, **{name: value})
@@ -174,7 +185,9 @@ def main() -> None:
                 tokens = MANY if row.max_m is None else (row.max_m,)
                 cost = cost_on_device(operator, scheme, tokens, device)
                 before = cost(row.config)
-                config, after = tuned(row.config, cost, ends)
+                config, after = tuned(
+                    row.config, cost, ends, settings_of(operator, arch)
+                )
                 what = f"{operator} {scheme} M <= {row.max_m or 'any'}"
                 print(f"{what}: {before * 1e6:.1f} to {after * 1e6:.1f} us, {config}")
                 rows[index] = Row(row.max_m, config)

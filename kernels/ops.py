@@ -157,7 +157,7 @@ _register(
 _register(
     "gpu_linear_w4a4(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight,"
     " Tensor weight_scale, Tensor? weight_zero, Tensor weight_sum, Tensor? bias,"
-    " ScalarType out_dtype) -> Tensor",
+    " int activation_bits, ScalarType out_dtype) -> Tensor",
     IMPLEMENTATIONS["linear_w4a4", "triton"],
     lambda codes, scale, zero_point, weight, *rest: _linear_out(
         codes, weight, rest[-1]
@@ -173,7 +173,8 @@ _register(
 _register(
     "gpu_linear_experts_w4a4(Tensor codes, Tensor scale, Tensor? zero_point,"
     " Tensor rows, Tensor offsets, Tensor weight, Tensor weight_scale,"
-    " Tensor? weight_zero, Tensor weight_sum, ScalarType out_dtype) -> Tensor",
+    " Tensor? weight_zero, Tensor weight_sum, int activation_bits,"
+    " ScalarType out_dtype) -> Tensor",
     on_call(f"{EXPERTS}.linear_experts_w4a4"),
     lambda codes, scale, zero_point, rows, offsets, weight, *rest: codes.new_empty(
         (rows.shape[0], weight.shape[1]), dtype=rest[-1]

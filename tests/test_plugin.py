@@ -2,6 +2,7 @@
 """How vLLM meets the plugin: registration, configs it builds, the command."""
 
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_lowbit import cli, plugin, register
+from vllm_lowbit.commands.env import _configuration_table
 from vllm_lowbit.errors import ConfigError, UnsupportedError
 from vllm_lowbit.kernels import dispatch
 from vllm_lowbit.plugin import check_vllm_version, installed_vllm
@@ -304,6 +307,19 @@ class TestEnv:
             reason = row.reason_against(device, {})
             here = f"out: {reason}" if reason else "yes"
             assert [row.operator, row.backend, here] in table
+
+    @pytest.mark.parametrize(
+        ("arch", "products"), [("sm_90", "int8"), ("sm_103", "e4m3")]
+    )
+    def test_products_of_a_gpu(self, arch: str, products: str) -> None:
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(_configuration_table(arch))
+        lines = console.export_text().splitlines()
+        cells = [[cell.strip() for cell in line.split("│")] for line in lines]
+        found = {(row[1], row[4]) for row in cells if row[1:2] and "linear" in row[1]}
+        assert found >= {("linear_w4a4", products), ("linear_wna16", "16-bit float")}
+        assert {row[1] for row in found if row[0] == "linear_w4a4"} == {products}
+        assert "wider ones take int8" in lines[-1]
 
     def test_without_vllm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(name: str) -> str:

@@ -217,6 +217,7 @@ class TritonExperts(ExpertsKernel):
             scale,
             zero,
             total,
+            grid.bits,
             dtype,
         )
 

@@ -224,6 +224,7 @@ class TritonLinear:
             layer.weight_zero,
             layer.weight_sum,
             bias,
+            grid.bits,
             out_dtype,
         )
 

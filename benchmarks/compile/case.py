@@ -12,6 +12,7 @@ SHARED_LIMITS = {
     "sm_89": 101376,
     "sm_90": 232448,
     "sm_100": 232448,
+    "sm_103": 232448,
     "sm_120": 101376,
     "gfx942": 65536,
     "gfx950": 163840,
@@ -26,9 +27,15 @@ INTEGER_MATRIX = {
     "sm_89": r"IMMA\.16832\.S8\.S8",
     "sm_90": r"IGMMA\.64x\d+x32\.S8\.S8",
     "sm_100": r"UTCIMMA",
+    # Its tensor cores of the fifth generation have no int8.
+    "sm_103": r"IMMA\.16832\.S8\.S8",
     "sm_120": r"IMMA\.16832\.S8\.S8",
     "gfx942": r"v_mfma_i32_\d+x\d+x\d+_i8",
     "gfx950": r"v_mfma_i32_\d+x\d+x\d+_i8",
+}
+E4M3_MATRIX = {
+    "sm_90": r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3",
+    "sm_103": r"UTCQMMA",
 }
 FLOAT_MATRIX = {
     "sm_80": r"HMMA\.16816\.F32",
@@ -36,6 +43,7 @@ FLOAT_MATRIX = {
     "sm_89": r"HMMA\.16816\.F32",
     "sm_90": r"HGMMA\.64x\d+x16\.F32",
     "sm_100": r"UTCHMMA",
+    "sm_103": r"UTCHMMA",
     "sm_120": r"HMMA\.16816\.F32",
     "gfx942": r"v_mfma_f32_\d+x\d+x\d+_(bf16|f16)",
     "gfx950": r"v_mfma_f32_\d+x\d+x\d+_(bf16|f16)",

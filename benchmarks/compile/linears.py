@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases of the linears: every row of every chip's table, for 4-bit weights.
 
-Other widths are compiled with the row for the fewest tokens.
+Other widths are compiled with the row for the fewest tokens. Chips with e4m3 products
+are compiled with them and without: what the table does not take, wider codes or the
+tuner may.
 """
 
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import triton.language as tl
 
 from vllm_lowbit.kernels.gpu import configs
+from vllm_lowbit.kernels.gpu.target import E4M3_SUMS
 from vllm_lowbit.kernels.gpu.weights import BLOCK, half_block
 from vllm_lowbit.kernels.linear_w4a4.triton_kernel import (
     linear_kernel as integer_kernel,
@@ -19,7 +22,14 @@ from vllm_lowbit.kernels.linear_wna16.triton_kernel import (
     linear_kernel as float_kernel,
 )
 
-from .case import FLOAT_MATRIX, INTEGER_MATRIX, QUICK_TARGETS, TARGETS, Case
+from .case import (
+    E4M3_MATRIX,
+    FLOAT_MATRIX,
+    INTEGER_MATRIX,
+    QUICK_TARGETS,
+    TARGETS,
+    Case,
+)
 
 INTEGER_TYPES = {
     "a_ptr": "*i8",
@@ -52,6 +62,9 @@ CEILINGS = {
     ("linear_wna16", "channel"): 1000,
     ("linear_wna16", "group"): 1400,
 }
+# Of linear_w4a4 per channel, where operands become e4m3, and where int8 has no tensor
+# core that reads shared memory.
+E4M3_CEILING, SM_103_CEILING = 400, 500
 
 
 def cases() -> Iterator[Case]:
@@ -63,9 +76,11 @@ def cases() -> Iterator[Case]:
             rows = configs.table(target)["linear_w4a4"][scheme]
             yield _integer_case(target, scheme, rows[0], 8)
             for row in rows:
-                yield _integer_case(target, scheme, row, 4)
+                yield from _products(target, scheme, row)
             for row in configs.rows_for_experts(target, "linear_w4a4", scheme):
-                yield _of_experts(_integer_case(target, scheme, row, 4))
+                for case in _products(target, scheme, row):
+                    if row.config.e4m3 or not case.constants["E4M3"]:
+                        yield _of_experts(case)
             rows = configs.table(target)["linear_wna16"][scheme]
             for bits in (2, 3, 8):
                 yield _float_case(target, scheme, rows[0], bits)
@@ -73,6 +88,13 @@ def cases() -> Iterator[Case]:
                 yield _float_case(target, scheme, row, 4)
             for row in configs.rows_for_experts(target, "linear_wna16", scheme):
                 yield _of_experts(_float_case(target, scheme, row, 4))
+
+
+def _products(target: str, scheme: str, row: configs.Row) -> Iterator[Case]:
+    """Of 4-bit weights: int8, and e4m3 where the chip has it."""
+    yield _integer_case(target, scheme, row, 4)
+    if target in E4M3_SUMS:
+        yield _integer_case(target, scheme, row, 4, e4m3=True)
 
 
 def _of_experts(case: Case) -> Case:
@@ -98,8 +120,10 @@ def _fallback_cases(target: str, scheme: str) -> Iterator[Case]:
             yield replace(case, name=f"fallback, {case.name}", quick=False)
 
 
-def _integer_case(target: str, scheme: str, row: configs.Row, bits: int) -> Case:
-    return _case(
+def _integer_case(
+    target: str, scheme: str, row: configs.Row, bits: int, e4m3: bool = False
+) -> Case:
+    case = _case(
         "linear_w4a4",
         integer_kernel,
         (target, scheme, row, bits),
@@ -110,9 +134,22 @@ def _integer_case(target: str, scheme: str, row: configs.Row, bits: int) -> Case
             "ZERO": True,
             "WEIGHT_ZERO": False,
             "PTX": target.startswith("sm_"),
+            "E4M3": e4m3,
+            "IMPRECISE": E4M3_SUMS[target] if e4m3 else None,
         },
         {"enable_fp_fusion": False},
     )
+    if scheme == "channel" and (e4m3 or target == "sm_103"):
+        case = replace(case, ceiling=E4M3_CEILING if e4m3 else SM_103_CEILING)
+    if e4m3:
+        fewest = row.max_m is not None and row.max_m <= 16
+        case = replace(
+            case,
+            name=f"{case.name}, e4m3",
+            matrix=E4M3_MATRIX[target],
+            quick=fewest and scheme == "channel",
+        )
+    return case
 
 
 def _float_case(target: str, scheme: str, row: configs.Row, bits: int) -> Case:

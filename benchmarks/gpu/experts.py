@@ -74,7 +74,7 @@ def _compare_integer(
     actual = linear_experts_w4a4(
         *(codes, token, zero, sent.rows, sent.offsets),
         *_stacked(weight, scale, True),
-        torch.float32,
+        *(4, torch.float32),
     )
     for expert, of_expert in enumerate(_pairs(sent)):
         rows = sent.rows[of_expert]
@@ -181,7 +181,7 @@ class _Arms:
         scale = torch.ones(self.tokens, 1, device=self.device)
         first = (codes, scale, None, sent.rows, sent.offsets)
         return [
-            partial(linear_experts_w4a4, *first, w, *rest, torch.bfloat16)
+            partial(linear_experts_w4a4, *first, w, *rest, 4, torch.bfloat16)
             for w in weights
         ]
 
@@ -192,7 +192,7 @@ class _Arms:
         def call(weight: torch.Tensor) -> torch.Tensor:
             codes, scale, _ = hadamard_quantize(x, None, k, 1, 4, True)
             first = (codes, scale, None, sent.rows, sent.offsets)
-            return linear_experts_w4a4(*first, weight, *rest, torch.bfloat16)
+            return linear_experts_w4a4(*first, weight, *rest, 4, torch.bfloat16)
 
         return [partial(call, weight) for weight in weights]
 

@@ -2,13 +2,14 @@
 """The linears: against their references, and against the libraries of torch."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import torch
 
-from vllm_lowbit.kernels.gpu.configs import LinearConfig
-from vllm_lowbit.kernels.gpu.target import INTERPRETED
+from vllm_lowbit.kernels.gpu.configs import LinearConfig, choose
+from vllm_lowbit.kernels.gpu.target import E4M3_SUMS, INTERPRETED, architecture
 from vllm_lowbit.kernels.gpu.weights import pack
 from vllm_lowbit.kernels.hadamard_quantize.triton import hadamard_quantize
 from vllm_lowbit.kernels.linear_w4a4 import reference as integer_reference
@@ -24,15 +25,18 @@ Calls = list[Callable[[], object]]
 
 
 def checks(device: torch.device) -> Iterator[Check]:
-    """Every bucket of tokens, group size and width."""
+    """Every bucket of tokens, group size, width and kind of product."""
     tokens, n, k = (1, 17, 33, 65, 130, 600), 1000, 4096
     if INTERPRETED:
         tokens, n, k = (5,), 20, 256
-    for m, group, bits in product(tokens, (0, 32, 64, 128), (4, 8)):
+    products = [(4, False), (8, False)]
+    if architecture(device) in E4M3_SUMS:
+        products.append((4, True))
+    for m, group, (bits, e4m3) in product(tokens, (0, 32, 64, 128), products):
         yield Check(
             "linear_w4a4",
-            f"M {m} group {group} {bits} bits",
-            partial(_compare_integer, device, m, n, k, group, bits),
+            f"M {m} group {group} {bits} bits" + " e4m3" * e4m3,
+            partial(_compare_integer, device, (m, n, k), group, bits, e4m3),
         )
     for m, group, bits in product(tokens, (0, 32, 128), (2, 3, 4, 8)):
         for dtype in (torch.bfloat16, torch.float16):
@@ -43,15 +47,31 @@ def checks(device: torch.device) -> Iterator[Check]:
             )
 
 
+def _with_product(device: torch.device, m: int, group: int, e4m3: bool) -> LinearConfig:
+    """The table's configuration, but for how codes are multiplied."""
+    scheme = "group" if group else "channel"
+    tabled = choose(architecture(device), "linear_w4a4", scheme, m)
+    return replace(tabled, e4m3=e4m3)
+
+
 def _compare_integer(
-    device: torch.device, m: int, n: int, k: int, group: int, bits: int
+    device: torch.device,
+    sizes: tuple[int, int, int],
+    group: int,
+    bits: int,
+    e4m3: bool,
 ) -> str | None:
     """Bit for bit; groups of split-K may be added in another order."""
+    m, n, k = sizes
     torch.manual_seed(m)
     half, groups = 1 << bits - 1, k // group if group else 1
     weight = torch.randint(-half, half, (n, k), dtype=torch.int8, device=device)
     scale = torch.rand(n, groups, device=device) + 0.01
     codes = torch.randint(-half, half, (m, k), dtype=torch.int8, device=device)
+    # The largest sums, and odd: 127 of 128 products are of the lowest code, one is 1.
+    for lowest in (weight[-1], codes[-1]):
+        lowest.fill_(-half)
+        lowest[::128] = 1
     token = torch.rand(m, 1, device=device) + 0.01
     bias = torch.randn(n, device=device)
     for zeros in (False, True):
@@ -65,7 +85,8 @@ def _compare_integer(
         )
         packed = pack(weight, scale, weight_zero, bits, widen=True)
         actual = linear_w4a4(
-            codes, token, zero if zeros else None, *packed, bias, torch.float32
+            *(codes, token, zero if zeros else None, *packed, bias, bits),
+            *(torch.float32, _with_product(device, m, group, e4m3)),
         )
         if group == 0 and not torch.equal(actual, expected):
             return f"{int((actual != expected).sum())} outputs differ, zeros {zeros}"
@@ -112,6 +133,7 @@ def rows(device: torch.device) -> Iterator[Row]:
                 sizes,
                 {
                     "triton": arms.integer,
+                    "triton e4m3": arms.e4m3,
                     "triton with hadamard_quantize": arms.integer_whole,
                     "bf16": arms.bf16,
                     "fp8": arms.fp8,
@@ -163,13 +185,16 @@ class Arms:
     ) -> Calls:
         first, weights = self._packed(count(self.n * self.k // 2), True, group)
         codes, scale = self._codes(self.m), torch.ones(self.m, 1, device=self.device)
-        rest = (first.scale, None, first.sum, None, torch.bfloat16, config)
+        rest = (first.scale, None, first.sum, None, 4, torch.bfloat16, config)
         return [partial(linear_w4a4, codes, scale, None, w, *rest) for w in weights]
+
+    def e4m3(self, count: Count) -> Calls:
+        return self.integer(count, 0, _with_product(self.device, self.m, 0, True))
 
     def integer_whole(self, count: Count) -> Calls:
         first, weights = self._packed(count(self.n * self.k // 2), True)
         x = self._x()
-        rest = (first.scale, None, first.sum, None, torch.bfloat16)
+        rest = (first.scale, None, first.sum, None, 4, torch.bfloat16)
 
         def call(weight: torch.Tensor) -> torch.Tensor:
             codes, scale, _ = hadamard_quantize(x, None, self.k, 1, 4, True)

@@ -31,6 +31,9 @@ class LinearConfig:
             (in registers on sm_90) and tokens the narrow side.
         split_k: most parts that the input is cut into; fewer are used when the tiles
             alone fill the chip.
+        e4m3: multiply codes of 4 bits as e4m3 numbers, to the same result
+            (linear_w4a4, on chips of ``target.E4M3_SUMS``). Wider codes that take a
+            table's row are multiplied as int8.
     """
 
     block_m: int
@@ -39,6 +42,7 @@ class LinearConfig:
     stages: int
     swap: bool
     split_k: int = 1
+    e4m3: bool = False
 
 
 @dataclass(frozen=True)

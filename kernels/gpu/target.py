@@ -9,6 +9,11 @@ import torch
 # As Triton reads it, once, when it decorates a kernel.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+# Chips whose e4m3 units may be worth more than their int8 ones for codes of 4 bits, and
+# how many products of those they add up exactly, None for any number: see
+# ``linear_w4a4/triton_kernel.py``. The fifth-generation tensor cores of sm_103 have no
+# int8; those of sm_100 have it, at the same rate.
+E4M3_SUMS: dict[str, int | None] = {"sm_90": 128, "sm_103": None, "interpreter": None}
 
 
 @functools.lru_cache(maxsize=64)

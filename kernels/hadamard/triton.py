@@ -28,7 +28,7 @@ LARGEST_FACTOR = 256
 # registers on chips whose matrix units take operands from registers alone.
 LARGEST_TILE = 1 << 15
 LARGEST_TWO_SIDED = 1 << 13
-WIDE = {"sm_90", "sm_100", "gfx942", "gfx950", "interpreter"}
+WIDE = {"sm_90", "sm_100", "sm_103", "gfx942", "gfx950", "interpreter"}
 LARGEST_TWO_SIDED_WIDE = 1 << 14
 
 

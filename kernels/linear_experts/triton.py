@@ -18,7 +18,6 @@ from ..gpu.weights import (
     stored_bits,
 )
 from ..linear_w4a4 import triton as integer
-from ..linear_w4a4.reference import check_int32
 from ..linear_wna16 import triton as weight_only
 
 
@@ -32,6 +31,7 @@ def linear_experts_w4a4(
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None,
     weight_sum: torch.Tensor,
+    activation_bits: int,
     out_dtype: torch.dtype,
     config: LinearConfig | None = None,
 ) -> torch.Tensor:
@@ -46,11 +46,13 @@ def linear_experts_w4a4(
             ``offsets[e]:offsets[e + 1]``; values are not checked.
         weight, weight_scale, weight_zero, weight_sum: GpuWeights packed with
             ``widen=True``, stacked.
+        activation_bits: 2 to 8, of the codes, whose values are not checked.
         out_dtype: bfloat16, float16 or float32, of the result ``[pairs, n]``.
         config: launch configuration; that of the chip's table when None.
 
     Raises:
-        ValueError: for arguments of another form, or a K whose sums might not fit.
+        ValueError: for arguments of another form, a K whose sums might not fit, or a
+            config that does not fit the codes or the chip.
     """
     check_tensor(codes, "codes", (torch.int8,), (None, None))
     device, (m, k) = codes.device, codes.shape
@@ -70,16 +72,13 @@ def linear_experts_w4a4(
     check_optional(zero_point, "zero_point", (torch.int32,), (m, 1), device)
     sent = _checked(rows, offsets, experts, device)
     check_out_dtype(out_dtype)
-    if k >= integer.MAX_K:
-        raise ValueError(f"codes must have K below {integer.MAX_K}, got {k}")
-    unit = 16 if bits == 4 and groups > 1 else 1
-    code_max = 128 if zero_point is None else 255
-    weight_max = 1 << bits - 1 if weight_zero is None else (1 << bits) - 1
-    check_int32(code_max * weight_max * unit * (k // groups))
+    activations = activation_bits, zero_point
+    integer.check_sums(k, groups, activations, (bits, weight_zero))
     out = torch.empty((len(rows), n), dtype=out_dtype, device=device)
     if out.numel():
         packed = GpuWeight(weight, weight_scale, weight_zero, weight_sum)
-        integer.launch(codes, (scale, zero_point), packed, None, out, config, sent)
+        tokens = scale, zero_point
+        integer.launch(codes, activation_bits, tokens, packed, None, out, config, sent)
     return out
 
 

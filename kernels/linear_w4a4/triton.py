@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer linear on the int8 matrix units of a GPU; weights stay packed in memory.
 
+Codes of 4 bits may be multiplied on the e4m3 units of some chips instead
+(``LinearConfig.e4m3``), whose sums are the same by what is known of them (see
+``triton_kernel.py``).
+
 int32 sums equal the reference's bit for bit. So does the output, except with groups and
 split-K, where the groups of a part are added up before the parts are.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +18,7 @@ import triton
 from ..gpu.checks import FLOATS, check_optional, check_out_dtype, check_tensor
 from ..gpu.configs import LinearConfig, choose, choose_for_experts, parts
 from ..gpu.split import reduce_parts
-from ..gpu.target import architecture, inline_ptx, processors
+from ..gpu.target import E4M3_SUMS, architecture, inline_ptx, processors
 from ..gpu.tiles import Sent, row_tiles
 from ..gpu.weights import GpuWeight, group_size_of, padded, row_bytes
 from .reference import check_int32
@@ -33,6 +38,7 @@ def linear_w4a4(
     weight_zero: torch.Tensor | None,
     weight_sum: torch.Tensor,
     bias: torch.Tensor | None,
+    activation_bits: int,
     out_dtype: torch.dtype,
     config: LinearConfig | None = None,
 ) -> torch.Tensor:
@@ -44,11 +50,13 @@ def linear_w4a4(
         zero_point: int32 ``[tokens, 1]``, None for symmetric activations.
         weight, weight_scale, weight_zero, weight_sum: a GpuWeight.
         bias: float ``[n]`` or None.
+        activation_bits: 2 to 8, of the codes, whose values are not checked.
         out_dtype: bfloat16, float16 or float32, of the result ``[tokens, n]``.
         config: launch configuration; that of the chip's table when None.
 
     Raises:
-        ValueError: for arguments of another form, or a K whose sums might not fit.
+        ValueError: for arguments of another form, a K whose sums might not fit, or a
+            config that does not fit the codes or the chip.
     """
     check_tensor(codes, "codes", (torch.int8,), (None, None))
     device = codes.device
@@ -68,17 +76,13 @@ def linear_w4a4(
     check_optional(zero_point, "zero_point", (torch.int32,), (m, 1), device)
     check_optional(bias, "bias", FLOATS, (n,), device)
     check_out_dtype(out_dtype)
-    if k >= MAX_K:
-        raise ValueError(f"codes must have K below {MAX_K}, got {k}")
-    unit = 16 if bits == 4 and groups > 1 else 1
-    code_max = 128 if zero_point is None else 255
-    weight_max = 1 << bits - 1 if weight_zero is None else (1 << bits) - 1
-    check_int32(code_max * weight_max * unit * (k // groups))
+    check_sums(k, groups, (activation_bits, zero_point), (bits, weight_zero))
     out = torch.empty((m, n), dtype=out_dtype, device=device)
     if m == 0 or n == 0:
         return out
     launch(
         codes,
+        activation_bits,
         (scale, zero_point),
         GpuWeight(weight, weight_scale, weight_zero, weight_sum),
         bias,
@@ -88,15 +92,67 @@ def linear_w4a4(
     return out
 
 
-def _config(arch: str, scheme: str, m: int, sent: Sent | None) -> LinearConfig:
+def check_sums(
+    k: int,
+    groups: int,
+    activations: tuple[int, torch.Tensor | None],
+    weights: tuple[int, torch.Tensor | None],
+) -> None:
+    """Raise ValueError where sums might not fit, or activations are of no known width.
+
+    Args:
+        k: columns.
+        groups: that they are in.
+        activations: bits and zero points, None when symmetric.
+        weights: stored bits and zero points, None when symmetric.
+    """
+    activation_bits, zero_point = activations
+    if not 2 <= activation_bits <= 8:
+        raise ValueError(f"activation_bits must be 2 to 8, got {activation_bits}")
+    if k >= MAX_K:
+        raise ValueError(f"codes must have K below {MAX_K}, got {k}")
+    bits, weight_zero = weights
+    unit = 16 if bits == 4 and groups > 1 else 1
+    check_int32(
+        _largest(activation_bits, zero_point)
+        * _largest(bits, weight_zero)
+        * unit
+        * (k // groups)
+    )
+
+
+def _largest(bits: int, zero: torch.Tensor | None) -> int:
+    """Magnitude of a code less its zero."""
+    return 1 << bits - 1 if zero is None else (1 << bits) - 1
+
+
+def _tabled(
+    arch: str, scheme: str, m: int, sent: Sent | None, narrow: bool
+) -> LinearConfig:
+    """The table's configuration; only narrow codes are multiplied as e4m3."""
     if sent is None:
-        return choose(arch, "linear_w4a4", scheme, m)
-    each = -(-m // sent.experts)
-    return choose_for_experts(arch, "linear_w4a4", scheme, each)
+        config = choose(arch, "linear_w4a4", scheme, m)
+    else:
+        each = -(-m // sent.experts)
+        config = choose_for_experts(arch, "linear_w4a4", scheme, each)
+    return replace(config, e4m3=False) if config.e4m3 and not narrow else config
+
+
+def _check_e4m3(arch: str, activation_bits: int, weight_bits: int) -> None:
+    """Raise ValueError unless e4m3 holds the codes and is known to add them exactly."""
+    if arch not in E4M3_SUMS:
+        chips = ", ".join(chip for chip in E4M3_SUMS if chip.startswith("sm_"))
+        raise ValueError(f"config.e4m3 is supported on {chips}, not on {arch}")
+    if activation_bits > 4 or weight_bits > 4:
+        raise ValueError(
+            "config.e4m3 is for codes of up to 4 bits, got activation_bits "
+            f"{activation_bits} and weights of {weight_bits} bits"
+        )
 
 
 def launch(
     codes: torch.Tensor,
+    activation_bits: int,
     tokens: tuple[torch.Tensor, torch.Tensor | None],
     weight: GpuWeight,
     bias: torch.Tensor | None,
@@ -108,12 +164,16 @@ def launch(
 
     Args:
         codes: int8 ``[tokens, k]``.
+        activation_bits: of the codes.
         tokens: scale and zero point of each.
         weight: of all experts where there are some, with a first dimension of them.
         bias: without experts.
         out: ``[rows, n]``, not empty.
         config: None takes that of the chip's table.
         sent: of the tokens, to experts; None for one weight.
+
+    Raises:
+        ValueError: for a config that does not fit the codes or the chip.
     """
     (m, n), k = out.shape, codes.shape[1]
     scale, zero_point = tokens
@@ -123,7 +183,10 @@ def launch(
     nibbles = weight.weight.dtype == torch.uint8
     if config is None:
         scheme = "channel" if group_size == 0 else "group"
-        config = _config(arch, scheme, m, sent)
+        narrow = nibbles and activation_bits <= 4
+        config = _tabled(arch, scheme, m, sent, narrow)
+    if config.e4m3:
+        _check_e4m3(arch, activation_bits, 4 if nibbles else 8)
     step = group_size * (2 if nibbles else 1) if group_size in (32, 64) else 128
     steps = padded(k, 4) // step
     turns = steps // max(1, group_size // step)
@@ -169,6 +232,8 @@ def launch(
         SWAP=config.swap,
         PTX=inline_ptx(arch),
         EXPERTS=sent is not None,
+        E4M3=config.e4m3,
+        IMPRECISE=E4M3_SUMS[arch] if config.e4m3 else None,
         num_warps=config.warps,
         num_stages=config.stages,
         # Product and sum are rounded apart, as in the reference.

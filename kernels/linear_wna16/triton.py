@@ -112,6 +112,8 @@ def launch(
     if config is None:
         scheme = "channel" if group_size == 0 else "group"
         config = _config(architecture(x.device), scheme, m, sent)
+    if config.e4m3:
+        raise ValueError("config.e4m3 is of linear_w4a4, got it for linear_wna16")
     half = half_block(group_size or BLOCK, bits)
     block = half * (8 if bits == 3 else 8 // bits)
     turns = padded(k, bits) // max(block, group_size)

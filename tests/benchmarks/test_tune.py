@@ -33,6 +33,11 @@ assert (best.block_n, best.split_k) == (128, 1), best
 assert found == cost(best) and len(set(tried)) == len(tried) - 1
 unchanged, _ = tune.tuned(start, cost, time.monotonic() - 1)
 assert unchanged == start
+assert not best.e4m3 and "e4m3" not in tune.settings_of("linear_wna16", "sm_90")
+assert "e4m3" not in tune.settings_of("linear_w4a4", "sm_100")
+settings = tune.settings_of("linear_w4a4", "sm_90")
+best, _ = tune.tuned(start, lambda c: 1 - 0.5 * c.e4m3, math.inf, settings)
+assert best.e4m3
 worth_nothing, _ = tune.tuned(start, lambda c: 1 - 0.005 * (c.warps == 8), math.inf)
 assert worth_nothing == start
 
@@ -58,6 +63,8 @@ for operator in tune.OPERATORS:
         assert cost(LinearConfig(16, 16, 4, 2, True)) == 2.0, (operator, scheme)
         assert cost(LinearConfig(32, 16, 4, 2, False)) == 2.0
         assert cost(LinearConfig(17, 16, 4, 2, True)) == math.inf  # no power of two
+        other = cost(LinearConfig(16, 16, 4, 2, True, e4m3=True))
+        assert other == (2.0 if operator == "linear_w4a4" else math.inf)
 real = tune.Arms.integer
 tune.Arms.integer = lambda self, count, group, config: [
     lambda: real(self, count, group, config)[0]() * config.block_m

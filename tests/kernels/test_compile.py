@@ -32,6 +32,22 @@ case = dataclasses.replace(case, constants=constants, options=options, **wrong)
 print(json.dumps(faults(case, compile_case(case))))
 """
 
+# Partial sums of Hopper's e4m3 units are added outside of them: one addition for each
+# of the accumulators of a thread.
+PROMOTED = """
+import dataclasses
+from benchmarks.compile import assembly, linears
+bodies, report = [], assembly._report
+assembly._report = lambda *parts: bodies.append(parts[3]) or report(*parts)
+case = next(c for c in linears.cases() if c.constants.get("IMPRECISE") == 128)
+for imprecise in (128, None):
+    constants = {**case.constants, "IMPRECISE": imprecise}
+    assembly.compile_case(dataclasses.replace(case, constants=constants))
+tile = constants["BLOCK_M"] * constants["BLOCK_N"]
+accumulators = tile // (32 * case.options["num_warps"])
+assert [body.count("FADD") for body in bodies] == [accumulators, 0]
+"""
+
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -70,6 +86,11 @@ def test_faults_are_found(wrong: dict[str, object], fault: str) -> None:
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout)
     assert any(fault in one for one in found), found
+
+
+def test_partial_sums_are_promoted() -> None:
+    result = python("-c", PROMOTED)
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def test_nothing_is_compiled_by_the_interpreter() -> None:

@@ -235,7 +235,7 @@ def test_gpu_linears_refuse_other_devices(name: str) -> None:
     rest: Arguments = (*sent, weight, scale, None, *bias, 4, torch.bfloat16)
     if "w4a4" in name:
         tokens = torch.ones(2, 1), None
-        rest = (*tokens, *sent, weight, scale, None, sums, *bias, torch.float32)
+        rest = (*tokens, *sent, weight, scale, None, sums, *bias, 4, torch.float32)
     with pytest.raises(ValueError, match=r"must be on a GPU \(cuda\), got cpu"):
         operator(name)(x, *rest)
 

@@ -52,21 +52,30 @@ def _configurations(console: Console, device: str) -> None:
 
     from ..kernels.gpu.target import architecture
 
-    arch = architecture(torch.device(device))
+    console.print(_configuration_table(architecture(torch.device(device))))
+
+
+def _configuration_table(arch: str) -> Table:
+    from ..kernels.gpu import configs
+
     source = arch if arch in configs.architectures() else "fallback"
     table = Table(
-        *("operator", "scales", "tokens", "tile", "warps", "stages", "swap", "split K"),
+        *("operator", "scales", "tokens", "products", "tile", "warps", "stages"),
+        *("swap", "split K"),
         title=f"GPU configurations for {arch} ({source})",
+        caption="e4m3 products are of 4-bit codes; wider ones take int8",
     )
     for operator, schemes in configs.table(arch).items():
         for scheme, rows in schemes.items():
             for row in rows:
                 c = row.config
                 tokens = "any" if row.max_m is None else f"up to {row.max_m}"
+                integer = "e4m3" if c.e4m3 else "int8"
+                products = integer if operator.endswith("w4a4") else "16-bit float"
                 tile = f"{c.block_m} x {c.block_n}"
-                cells = tokens, tile, c.warps, c.stages, c.swap, c.split_k
+                cells = tokens, products, tile, c.warps, c.stages, c.swap, c.split_k
                 table.add_row(operator, scheme, *map(str, cells))
-    console.print(table)
+    return table
 
 
 def _version(distribution: str) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_lowbit.kernels.gpu.configs import LinearConfig
 from vllm_lowbit.kernels.gpu.weights import pack
 from vllm_lowbit.kernels.hadamard_quantize import triton as quantize
+from vllm_lowbit.kernels.linear_w4a4 import triton as integer
 from vllm_lowbit.kernels.linear_w4a4.triton import MAX_K, linear_w4a4
 from vllm_lowbit.kernels.linear_wna16.triton import linear_wna16
 
@@ -32,6 +34,7 @@ def integer_arguments() -> dict[str, Any]:
         "weight_zero": None,
         "weight_sum": weight.sum,
         "bias": None,
+        "activation_bits": 4,
         "out_dtype": torch.float32,
     }
 
@@ -92,6 +95,8 @@ META = torch.empty(M, K, dtype=torch.int8, device="meta")
         ("bias", torch.zeros(N + 1), r"\[8\], got torch.float32 \[9\]"),
         ("bias", torch.zeros(N, dtype=torch.float64), "torch.bfloat16 or"),
         ("out_dtype", torch.float64, "bfloat16, float16 or float32, got"),
+        ("activation_bits", 1, "activation_bits must be 2 to 8, got 1"),
+        ("activation_bits", 9, "activation_bits must be 2 to 8, got 9"),
     ],
 )
 def test_integer_linear(name: str, value: Any, message: str) -> None:
@@ -117,8 +122,42 @@ def test_sums_that_might_not_fit() -> None:
         scale=torch.ones(1, 1),
         zero_point=torch.zeros(1, 1, dtype=torch.int32),
         weight=torch.zeros(N, k, dtype=torch.int8),
+        activation_bits=8,
     )
     assert "do not fit int32" in text
+
+
+E4M3 = LinearConfig(16, 16, 4, 2, True, e4m3=True)
+
+
+def test_e4m3_of_wider_codes() -> None:
+    text = refused(linear_w4a4, integer_arguments(), config=E4M3, activation_bits=5)
+    assert "e4m3 is for codes of up to 4 bits, got activation_bits 5 and" in text
+    weight = packed(8, True).weight
+    text = refused(linear_w4a4, integer_arguments(), config=E4M3, weight=weight)
+    assert "got activation_bits 4 and weights of 8 bits" in text
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_100", "gfx942"])
+def test_e4m3_on_other_chips(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer, "architecture", lambda device: arch)
+    text = refused(linear_w4a4, integer_arguments(), config=E4M3)
+    assert text == f"config.e4m3 is supported on sm_90, sm_103, not on {arch}"
+
+
+def test_wider_codes_of_a_table_with_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are multiplied as int8, with the same tile."""
+    taken: list[bool] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *arguments, **options: taken.append(options["E4M3"])
+
+    monkeypatch.setattr(integer, "architecture", lambda device: "sm_103")
+    monkeypatch.setattr(integer, "linear_kernel", Kernel())
+    for bits in (4, 5, 8):
+        linear_w4a4(**{**integer_arguments(), "activation_bits": bits})
+    assert taken == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +171,7 @@ def test_sums_that_might_not_fit() -> None:
         ("weight_zero", torch.zeros(1, N), "weight_zero must be torch.int32"),
         ("bias", torch.zeros(1, N), r"bias must be .*\[8\]"),
         ("out_dtype", torch.int32, "out_dtype must be"),
+        ("config", E4M3, "config.e4m3 is of linear_w4a4, got it for linear_wna16"),
     ],
 )
 def test_float_linear(name: str, value: Any, message: str) -> None:

@@ -32,15 +32,15 @@ def samples(name: str) -> list[tuple[Any, ...]]:
     experts = [None if t is None else torch.stack([t] * 3) for t in grouped]
     if name == "gpu_linear_experts_w4a4":
         return [
-            (codes, scale, None, *sent, *experts, torch.float32),
-            (codes, scale, zero_point, *sent, *experts, torch.float16),
+            (codes, scale, None, *sent, *experts, 4, torch.float32),
+            (codes, scale, zero_point, *sent, *experts, 4, torch.float16),
         ]
     if name == "gpu_linear_experts_wna16":
         return [(x.half(), *sent, *experts[:3], 4, torch.float32)]
     if name == "gpu_linear_w4a4":
         return [
-            (codes, scale, None, *channel, None, torch.float32),
-            (codes, scale, zero_point, *grouped, bias, torch.float16),
+            (codes, scale, None, *channel, None, 4, torch.float32),
+            (codes, scale, zero_point, *grouped, bias, 4, torch.float16),
         ]
     return [
         (x.bfloat16(), *channel[:3], None, 4, torch.float32),
@@ -83,7 +83,7 @@ def test_compiled_linear() -> None:
             x * 2, None, 128, 1, 4, False
         )
         return 1 + torch.ops.lowbit.gpu_linear_w4a4(
-            codes, scale, zero_point, *packed, None, torch.float32
+            codes, scale, zero_point, *packed, None, 4, torch.float32
         )
 
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linears of experts: tiles of each, and results of the reference."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_integer_sums_are_those_of_each_expert(
 ) -> None:
     k = 384 if group_size else 200
     routing = _routing(tokens)
+    config = replace(TILES[tile], e4m3=bits == 4 and tokens > 1)
     for asymmetric in (False, True):
         codes = torch.randint(-8, 8, (tokens, k), dtype=torch.int8)
         scale = torch.rand(tokens, 1) + 0.01
@@ -88,8 +90,9 @@ def test_integer_sums_are_those_of_each_expert(
             routing.rows,
             routing.offsets,
             *_packed(weights, bits, True),
+            4,
             torch.float32,
-            TILES[tile],
+            config,
         )
         zero = zero if asymmetric else torch.zeros_like(zero)
         for pair in range(2 * tokens):
@@ -182,6 +185,7 @@ def test_as_the_generic_backend(activation_bits: int | None, scaled: str) -> Non
         ),
         ({"weight_sum": torch.ones(5, 1, 8)}, r"weight_sum must be torch.int32 \[5, 1"),
         ({"scale": torch.ones(3)}, r"scale must be torch.float32 \[3, 1\]"),
+        ({"activation_bits": 9}, "activation_bits must be 2 to 8, got 9"),
         ({"out_dtype": torch.int32}, "out_dtype must be bfloat16, float16 or float32"),
     ],
 )
@@ -196,6 +200,7 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
         "weight_scale": torch.ones(5, 1, 8),
         "weight_zero": None,
         "weight_sum": torch.zeros(5, 1, 8, dtype=torch.int32),
+        "activation_bits": 4,
         "out_dtype": torch.float32,
         **change,
     }

@@ -2,7 +2,7 @@
 """Integer linear: int32 sums and outputs equal to the reference's."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -33,13 +33,15 @@ class Problem:
     weight_zero: torch.Tensor | None
     bias: torch.Tensor | None
     bits: int
+    activation_bits: int
 
     def run(self, config: LinearConfig, dtype: torch.dtype) -> torch.Tensor:
         packed = pack(
             self.weight, self.weight_scale, self.weight_zero, self.bits, widen=True
         )
         return linear_w4a4(
-            self.codes, self.scale, self.zero_point, *packed, self.bias, dtype, config
+            *(self.codes, self.scale, self.zero_point, *packed, self.bias),
+            *(self.activation_bits, dtype, config),
         )
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
@@ -86,6 +88,7 @@ def problem(
         torch.randint(-half, half, (n, groups)) if weight_zeros else None,
         torch.randn(n) if bias else None,
         bits,
+        activation_bits,
     )
 
 
@@ -106,6 +109,16 @@ def test_equals_the_reference(tile: str, bits: int, group_size: int) -> None:
             weight_zeros=asymmetric,
         )
         assert torch.equal(p.run(TILES[tile], torch.float32), p.expected(torch.float32))
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("group_size", [0, 32, 64, 128, 256])
+def test_e4m3_has_the_sums_of_int8(tile: str, group_size: int) -> None:
+    k = 512 if group_size == 256 else 5 * group_size or 200
+    config = replace(TILES[tile], e4m3=True)
+    for zeros in (False, True):
+        p = problem(19, 37, k, group_size, asymmetric=zeros, weight_zeros=zeros)
+        assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -131,14 +144,15 @@ def test_ragged_tiles(m: int, n: int) -> None:
         assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "e4m3"), [(4, False), (4, True), (8, False)])
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_split_k_is_exact(
-    bits: int, asymmetric: bool, many_processors: Callable[[str], None]
+    bits: int, e4m3: bool, asymmetric: bool, many_processors: Callable[[str], None]
 ) -> None:
     many_processors("linear_w4a4")
     p = problem(7, 600, 1000, bits=bits, asymmetric=asymmetric, weight_zeros=asymmetric)
-    assert torch.equal(p.run(SPLIT, torch.float32), p.expected(torch.float32))
+    config = replace(SPLIT, e4m3=e4m3)
+    assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
 
 
 @pytest.mark.parametrize("group_size", [32, 128, 256])
@@ -188,7 +202,7 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     blocks=st.integers(1, 6),
     group_size=st.sampled_from([0, 32, 64, 128, 256]),
     bits=st.sampled_from([2, 3, 4, 6, 8]),
-    flags=st.tuples(*[st.booleans()] * 4),
+    flags=st.tuples(*[st.booleans()] * 5),
 )
 def test_any_shape(
     m: int,
@@ -196,27 +210,29 @@ def test_any_shape(
     blocks: int,
     group_size: int,
     bits: int,
-    flags: tuple[bool, bool, bool, bool],
+    flags: tuple[bool, bool, bool, bool, bool],
 ) -> None:
-    asymmetric, weight_zeros, bias, swap = flags
+    asymmetric, weight_zeros, bias, swap, narrow = flags
     p = problem(
         m,
         n,
         blocks * (group_size or 24),
         group_size,
         bits=bits,
-        activation_bits=8,
+        activation_bits=4 if narrow else 8,
         asymmetric=asymmetric,
         weight_zeros=weight_zeros,
         bias=bias,
     )
-    config = TILES["swapped" if swap else "natural"]
+    tile = TILES["swapped" if swap else "natural"]
+    config = replace(tile, e4m3=narrow and bits <= 4)
     assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size", [0, 128])
-def test_layer_of_a_model(group_size: int) -> None:
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_layer_of_a_model(group_size: int, e4m3: bool) -> None:
     p = problem(64, 1024, 4096, group_size, asymmetric=True)
-    config = LinearConfig(64, 128, 8, 3, True)
+    config = LinearConfig(64, 128, 8, 3, True, e4m3=e4m3)
     assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
