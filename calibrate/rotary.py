@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..architecture import ModelShape
-from ..supported_models import LAYER_TYPES
+from ..rope_config import LAYER_TYPES
 
 
 class RotaryEmbedding(torch.nn.Module):

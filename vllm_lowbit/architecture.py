@@ -12,8 +12,9 @@ from typing import Any
 from .errors import UnsupportedError
 from .kernels.hadamard.matrices import exists, largest_order
 from .kernels.kv4_store.layout import HEAD_DIMS
+from .rope_config import FULL, SLIDING
 from .schema import Rotation, Rotations, Scheme
-from .supported_models import FULL, LLAMA, SLIDING, Architecture, architecture_of
+from .supported_models import LLAMA, Architecture, architecture_of
 
 MIN_BLOCK = 16
 # Of a mixture of experts, after ``model.layers.N.``; it is never quantized.

@@ -7,19 +7,26 @@ two. The table says in what each differs. Neither vLLM nor transformers is neede
 read it.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import UnsupportedError
+from .rope_config import (
+    FULL,
+    LAYER_TYPES,
+    SLIDING,
+    Refused,
+    not_positive,
+    refused_rope,
+    refused_ropes,
+    same,
+)
 from .schema import shorten
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-FULL, SLIDING = "full_attention", "sliding_attention"
-LAYER_TYPES = (FULL, SLIDING)
 
 
 @dataclass(frozen=True)
@@ -262,29 +269,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "shared_expert_intermediate_size": (0,),
 }
 _BIAS_KEYS = ("attention_bias", "mlp_bias")
-_COMMON_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-# RoPE types that vLLM and transformers compute alike, with the keys they must and may
-# have. "dynamic" is not: beyond max_position_embeddings only transformers scales.
-_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (
-        ("factor", "low_freq_factor", "high_freq_factor"),
-        ("original_max_position_embeddings",),
-    ),
-    "yarn": (
-        ("factor",),
-        (
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        ),
-    ),
-}
 
 
 def architecture_of(config: Mapping[str, Any], source: str) -> Architecture:
@@ -312,9 +296,7 @@ def architecture_of(config: Mapping[str, Any], source: str) -> Architecture:
     return architecture
 
 
-def _refused(
-    config: Mapping[str, Any], architecture: Architecture
-) -> Iterator[tuple[str, object, str]]:
+def _refused(config: Mapping[str, Any], architecture: Architecture) -> Refused:
     """Keys that ask for something else, their values, and what is supported."""
     model_type = config.get("model_type")
     if model_type not in (None, architecture.model_type):
@@ -337,7 +319,7 @@ def _refused(
         neutral["sliding_window"] = ()
     for key, values in neutral.items():
         value = config.get(key)
-        if value is not None and not any(_same(value, other) for other in values):
+        if value is not None and not any(same(value, other) for other in values):
             yield key, value, " or ".join([*map(_json, values), "null"])
     types = config.get("layer_types")
     if types is not None and architecture.window == "every layer":
@@ -350,84 +332,15 @@ def _refused(
         yield "layer_types", types, "'full_attention' in every layer"
     parameters = config.get("rope_parameters")
     if architecture.rope_by_type:
-        yield from _refused_ropes(parameters, architecture.rope_types)
-        yield from _not_positive(
+        yield from refused_ropes(parameters, architecture.rope_types)
+        yield from not_positive(
             "rope_local_base_freq", config.get("rope_local_base_freq")
         )
     else:
-        yield from _refused_rope("rope_parameters", parameters, architecture.rope_types)
+        yield from refused_rope("rope_parameters", parameters, architecture.rope_types)
     scaling = config.get("rope_scaling")
-    yield from _refused_rope("rope_scaling", scaling, architecture.rope_types)
-    yield from _not_positive("rope_theta", config.get("rope_theta"))
-
-
-def _refused_ropes(
-    ropes: object, types: tuple[str, ...]
-) -> Iterator[tuple[str, object, str]]:
-    """The same of parameters by type of layer."""
-    key, known = "rope_parameters", " and ".join(LAYER_TYPES)
-    if ropes is None:
-        return
-    if not isinstance(ropes, Mapping):
-        yield key, ropes, f"an object with {known}, or null"
-        return
-    for name, rope in ropes.items():
-        if name not in LAYER_TYPES:
-            yield f"{key}.{shorten(name)}", rope, known
-        yield from _refused_rope(f"{key}.{name}", rope, types)
-
-
-def _refused_rope(
-    key: str, rope: object, types: tuple[str, ...]
-) -> Iterator[tuple[str, object, str]]:
-    if rope is None:
-        return
-    if not isinstance(rope, Mapping):
-        yield key, rope, "an object, or null"
-        return
-    names = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
-    kind = names[0] if names else "default"
-    if not isinstance(kind, str) or kind not in types:
-        yield f"{key}.rope_type", kind, ", ".join(types)
-        return
-    if names[1:] not in ([], [kind]):
-        yield f"{key}.type", names[1], f"{kind!r}, as rope_type has it"
-    required, optional = _ROPE_KEYS[kind]
-    known = (*_COMMON_ROPE_KEYS, *required, *optional)
-    for name, value in rope.items():
-        if name not in known:
-            yield f"{key}.{shorten(name)}", value, ", ".join(known)
-    factor = rope.get("partial_rotary_factor")
-    if factor is not None and not _same(factor, 1.0):
-        yield f"{key}.partial_rotary_factor", factor, "1.0 or null"
-    for name in required:
-        if rope.get(name) is None:
-            yield f"{key}.{name}", None, "a number above 0"
-    for name in ("rope_theta", *required, *optional):
-        value = rope.get(name)
-        if name != "truncate":
-            yield from _not_positive(f"{key}.{name}", value)
-        elif value is not None and type(value) is not bool:
-            yield f"{key}.{name}", value, "true or false"
-    if kind == "linear" and type(rope.get("factor")) is int:
-        yield (
-            f"{key}.factor",
-            rope["factor"],
-            "a fraction such as 2.0, which vLLM needs",
-        )
-
-
-def _not_positive(key: str, value: object) -> Iterator[tuple[str, object, str]]:
-    if value is None:
-        return
-    number = type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-    if not number or value <= 0:  # type: ignore[operator]
-        yield key, value, "a number above 0"
-
-
-def _same(value: object, other: object) -> bool:
-    """Equal, and a boolean only to a boolean."""
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
+    yield from refused_rope("rope_scaling", scaling, architecture.rope_types)
+    yield from not_positive("rope_theta", config.get("rope_theta"))
 
 
 def _json(value: object) -> str:
