@@ -105,6 +105,8 @@ TABLE: tuple[Row, ...] = (
     Row("kv4_store", "cpu", ("cpu",), _compiled(_head_dim)),
     Row("kv4_store", "triton", ("cuda",), _triton(_head_dim)),
     Row("kv4_store", "generic", ("cpu",), _head_dim),
+    Row("rope_kv4_store", "triton", ("cuda",), _triton(_head_dim)),
+    Row("rope_kv4_store", "generic", ("cpu",), _head_dim),
     Row("kv4_attention", "cpu", ("cpu",), _compiled(_head_dim)),
     Row("kv4_attention", "triton", ("cuda",), _triton(_head_dim)),
     Row("kv4_attention", "generic", ("cpu",), _head_dim),

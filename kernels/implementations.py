@@ -24,6 +24,7 @@ from .linear_w4a4.generic import linear_w4a4
 from .linear_wna16.generic import linear_wna16
 from .quantize_weight import cpu as weight_cpu
 from .quantize_weight import reference as weight_generic
+from .rope_kv4_store import reference as rope_store_generic
 
 
 def on_call(path: str) -> Callable[..., Any]:
@@ -68,6 +69,8 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("kv4_store", "cpu"): store_cpu.kv4_store,
     ("kv4_store", "triton"): on_call("kv4_store.triton.kv4_store"),
     ("kv4_store", "generic"): store_generic.kv4_store,
+    ("rope_kv4_store", "triton"): on_call("rope_kv4_store.triton.rope_kv4_store"),
+    ("rope_kv4_store", "generic"): rope_store_generic.rope_kv4_store,
     ("kv4_attention", "cpu"): attention_cpu.kv4_attention,
     ("kv4_attention", "triton"): on_call("kv4_attention.triton.kv4_attention"),
     ("kv4_attention", "generic"): attention_generic.kv4_attention,

@@ -197,6 +197,14 @@ _register(
     IMPLEMENTATIONS["kv4_store", "triton"],
 )
 _register(
+    "rope_kv4_store(Tensor(a!) query, Tensor(b!) key, Tensor value, Tensor positions,"
+    " Tensor cos_sin_cache, Tensor(c!) kv_cache, Tensor slot_mapping, bool rotate_key)"
+    " -> ()",
+    implementation("rope_kv4_store"),
+    lambda *arguments: None,
+    IMPLEMENTATIONS["rope_kv4_store", "triton"],
+)
+_register(
     "kv4_attention(Tensor query, Tensor kv_cache, Tensor block_table,"
     " Tensor query_start_loc, Tensor seq_lens, float softmax_scale,"
     " int? sliding_window, float? logits_soft_cap, Tensor? sinks, bool rotate_query)"

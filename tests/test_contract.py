@@ -281,11 +281,8 @@ def _(symbol: Any, real: Any) -> None:
 def _(symbol: Any, real: Any) -> None:
     members(real.stock.impl, real.rows["CPUAttentionBackendImpl"])
     impl = real.stock.impl
-    assert (impl.scale, impl.alibi_slopes, impl.logits_soft_cap or None) == (
-        0.125,
-        None,
-        None,
-    )
+    assert (impl.scale, impl.alibi_slopes, impl.sinks) == (0.125, None, None)
+    assert not impl.logits_soft_cap
     every = parameters(real.resolve("vllm.v1.attention.backend.AttentionImpl").__init__)
     assert {"scale", "alibi_slopes", "logits_soft_cap"} <= set(every)
 

@@ -137,6 +137,43 @@ class KV4CudaAttentionImpl(KV4AttentionImpl):
         """Copy what kernels read to the device, before any graph is captured."""
         rotation_table(self.head_size, device)
 
+    def fused_rope_kvcache_supported(self) -> bool:
+        return True
+
+    def do_rope_and_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        is_neox: bool,
+        kv_cache: torch.Tensor,
+        layer_slot_mapping: torch.Tensor,
+    ) -> None:
+        """Rotate the step's queries and keys in place and quantize K and V.
+
+        Called in place of RoPE and :meth:`do_kv_cache_update` where vLLM fuses them.
+        """
+        if not is_neox or cos_sin_cache.shape[1] != self.head_size:
+            pairs = "halves" if is_neox else "neighbours"
+            raise UnsupportedError(
+                f"pass_config.fuse_rope_kvcache: RoPE over {cos_sin_cache.shape[1]} of "
+                f"{self.head_size} elements that are paired as {pairs}; the fused "
+                "kernel rotates whole heads paired as halves: leave the option off"
+            )
+        torch.ops.lowbit.rope_kv4_store(
+            query,
+            key,
+            value,
+            positions,
+            cos_sin_cache,
+            kv_cache,
+            layer_slot_mapping,
+            self.rotate,
+        )
+
     def forward(
         self,
         layer: AttentionLayer,

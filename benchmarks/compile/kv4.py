@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of kv4_store and kv4_attention: every head size, and every way to attend.
+"""Cases of the 4-bit KV cache: every head size, and every way to attend.
 
 The ceiling of a decode is a number of instructions per cached element: those of the
 loop times the threads, over the elements of K and V that it takes.
@@ -19,6 +19,7 @@ from vllm_lowbit.kernels.kv4_attention.triton_query import encode_queries
 from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
 from vllm_lowbit.kernels.kv4_store.triton import ROWS, next_power_of_two, row_warps
 from vllm_lowbit.kernels.kv4_store.triton_kernel import store
+from vllm_lowbit.kernels.rope_kv4_store.triton_kernel import rope_store
 
 from .case import FLOAT_MATRIX, QUICK_TARGETS, TARGETS, Case
 
@@ -30,13 +31,14 @@ HALF_MATRIX = r"HMMA\.16816\.F32|v_mfma_f32_\d+x\d+x\d+_f16"
 INTEGER_MATRIX = r"IMMA\.16832\.S8\.S8|v_mfma_i32_\d+x\d+x\d+_i8"
 TYPES = {
     **dict.fromkeys(("key_ptr", "value_ptr", "query_ptr", "out_ptr"), "*bf16"),
+    "cos_ptr": "*bf16",
     **dict.fromkeys(("sum_ptr", "factor_ptr", "partial_ptr"), "*fp32"),
     **dict.fromkeys(("peak_ptr", "total_ptr", "sinks_ptr"), "*fp32"),
     **dict.fromkeys(("starts_ptr", "lengths_ptr"), "*i32"),
     **dict.fromkeys(("score_factor", "cap_factor"), "fp32"),
     "encoded_ptr": "*fp16",
     "cache_ptr": "*u8",
-    "slot_ptr": "*i64",
+    **dict.fromkeys(("slot_ptr", "position_ptr"), "*i64"),
 }
 
 
@@ -47,7 +49,8 @@ def cases() -> Iterator[Case]:
     """
     for target in (target for target in TARGETS if target != "sm_103"):
         for head_dim in HEAD_DIMS:
-            yield _store(target, head_dim)
+            yield _store(target, head_dim, "kv4_store", store)
+            yield _store(target, head_dim, "rope_kv4_store", rope_store)
             yield _encode(target, head_dim)
             yield from (_merge(target, head_dim, sinks) for sinks in (False, True))
             for rows in range(4, most_rows(head_dim).bit_length()):
@@ -93,10 +96,10 @@ def _case(
     )
 
 
-def _store(target: str, head_dim: int) -> Case:
+def _store(target: str, head_dim: int, operator: str, kernel: Any) -> Case:
     return _case(
-        "kv4_store",
-        store,
+        operator,
+        kernel,
         target,
         {"BLOCK_SIZE": PAGE, **_halves(head_dim), "ROWS": ROWS, "ROTATE": True},
         "*i8",

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from vllm_lowbit.kernels.kv4_attention.triton import (
 from vllm_lowbit.kernels.kv4_store import generic as store_generic
 from vllm_lowbit.kernels.kv4_store.layout import HEAD_DIMS
 from vllm_lowbit.kernels.kv4_store.triton import kv4_store
+from vllm_lowbit.kernels.rope_kv4_store import reference as rope_reference
+from vllm_lowbit.kernels.rope_kv4_store.triton import rope_kv4_store
 
 from . import bf16_attention
 from .case import Check, Row
@@ -31,6 +34,8 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
 BATCHES = (1, 16)
 CONTEXTS = tuple(1024 << i for i in range(8))
 STORED = (16, 256, 8192)
+# vLLM fuses RoPE with the store up to here.
+ROTATED = (16, 256)
 # fp16 queries and weights (see kv4_attention/triton.py), and half an ulp of bf16
 # results of up to 4, twice.
 TOLERANCE = 2e-2
@@ -46,6 +51,8 @@ def checks(device: torch.device) -> Iterator[Check]:
             name = f"head {head_dim}" + " rotated" * rotate
             run = partial(_compare_pages, device, head_dim, rotate)
             yield Check("kv4_store", name, run)
+            run = partial(_compare_rope, device, head_dim, rotate)
+            yield Check("rope_kv4_store", name, run)
         for form, window in product(BATCH_FORMS, (None, 100)):
             name = f"head {head_dim} {form} window {window}"
             run_attention = partial(_compare_attention, device, head_dim, form, window)
@@ -75,6 +82,46 @@ def _compare_pages(device: torch.device, head_dim: int, rotate: bool) -> str | N
     kv4_store(*inputs, written, slots.to(device), rotate)
     differ = int((written.cpu() != pages).sum())
     return f"{differ} bytes differ" if differ else None
+
+
+def _compare_rope(device: torch.device, head_dim: int, rotate: bool) -> str | None:
+    """Queries, keys and pages."""
+    arguments = _rope_arguments(device, 100, 8, 2, head_dim, rotate)
+    inputs = [a.cpu().clone() if torch.is_tensor(a) else a for a in arguments]
+    rope_reference.rope_kv4_store(*inputs)
+    rope_kv4_store(*arguments)
+    for name, index in (("queries", 0), ("keys", 1), ("pages", 5)):
+        differ = int((arguments[index].cpu() != inputs[index]).sum())
+        if differ:
+            return f"{differ} elements of {name} differ"
+    return None
+
+
+def _rope_arguments(
+    device: torch.device,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotate: bool,
+) -> tuple[Any, ...]:
+    """Those of ``rope_kv4_store``, in bf16."""
+    random = torch.Generator().manual_seed(head_dim)
+    shape = (tokens, heads + 2 * kv_heads, head_dim)
+    qkv = torch.randn(shape, generator=random).bfloat16().to(device)
+    angles = torch.rand(1000, head_dim, generator=random).mul(6.28)
+    positions = torch.randint(1000, (tokens,), generator=random)
+    blocks = -(-tokens // PAGE)
+    pages = torch.full((blocks, kv_heads, PAGE, head_dim + 8), 255, dtype=torch.uint8)
+    slots = torch.randperm(blocks * PAGE, generator=random)[:tokens]
+    return (
+        *qkv.split([heads, kv_heads, kv_heads], dim=1),
+        positions.to(device),
+        angles.cos().bfloat16().to(device),
+        pages.to(device),
+        slots.to(device),
+        rotate,
+    )
 
 
 def _compare_attention(
@@ -144,6 +191,20 @@ def rows(device: torch.device) -> Iterator[Row]:
             {"m": tokens},
             {
                 "triton": partial(_store, device, tokens),
+                "copy": partial(_copy, device, moved),
+            },
+            "copy",
+            moved,
+        )
+
+    for tokens in ROTATED:
+        moved = tokens * (HEADS * 4 * HEAD_DIM + KV_HEADS * (7 * HEAD_DIM + 8))
+        yield Row(
+            "rope_kv4_store",
+            f"{HEADS} heads over {KV_HEADS} of {HEAD_DIM}",
+            {"m": tokens},
+            {
+                "triton": partial(_rope, device, tokens, moved),
                 "copy": partial(_copy, device, moved),
             },
             "copy",
@@ -246,6 +307,14 @@ def _store(device: torch.device, tokens: int, copies: Count) -> Calls:
         slots = torch.randperm(blocks * PAGE, device=device)[:tokens]
         calls.append(partial(kv4_store, key, value, cache, slots, True))
     return calls
+
+
+def _rope(device: torch.device, tokens: int, moved: int, copies: Count) -> Calls:
+    sizes = (tokens, HEADS, KV_HEADS, HEAD_DIM, True)
+    return [
+        partial(rope_kv4_store, *_rope_arguments(device, *sizes))
+        for _ in range(copies(moved))
+    ]
 
 
 def _copy(device: torch.device, moved: int, copies: Count) -> Calls:

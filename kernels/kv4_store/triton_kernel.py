@@ -35,22 +35,48 @@ def power_of_two(exponent):
 
 @triton.jit
 def rotated(
-    x, table_ptr, HALF: tl.constexpr, PADDED: tl.constexpr, PADDED_HALF: tl.constexpr
+    low,
+    high,
+    table_ptr,
+    HALF: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
 ):
-    """Orthonormal Hadamard transform of rows, as the halves of the result.
+    """Orthonormal Hadamard transform of rows, as halves in and out.
 
-    Exact on 31-bit integers: four int8 products, whose sums int32 holds.
+    Exact on 31-bit integers: four int8 products of each half, whose sums int32 holds.
 
     Args:
-        x: float32 ``[rows, PADDED]``, zero from ``2 * HALF`` on.
+        low, high: float32 ``[rows, PADDED_HALF]``, zero from HALF on.
         table_ptr: int8 ``[PADDED, PADDED]``, the transposed matrix padded with zeros.
     """
-    peak = tl.max(tl.abs(x), axis=1).to(tl.float64)
+    peak = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
+    peak = peak.to(tl.float64)
     exponent = ((peak.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1022
     exponent = tl.where(peak > 0.0, exponent, 0)
-    # An Inf leaves garbage here; the caller's own look at x tells.
-    up = power_of_two(tl.minimum(-exponent + FRACTION_BITS, 1000))
-    steps = (x.to(tl.float64) * up[:, None] + ROUND_64).to(tl.int64, bitcast=True)
+    # An Inf leaves garbage here; the caller's own look at the values tells.
+    up = power_of_two(tl.minimum(-exponent + FRACTION_BITS, 1000))[:, None]
+    l0, l1, l2, l3 = _digits(low, up)
+    h0, h1, h2, h3 = _digits(high, up)
+    norm = tl.full((), (2.0 * HALF) ** -0.5, tl.float64)
+    down = power_of_two(tl.maximum(exponent - FRACTION_BITS, -1000))[:, None]
+    column = tl.arange(0, PADDED_HALF)
+    # Rows that belong to the other half or to none meet zeros.
+    at = table_ptr + column[:, None] * PADDED + column[None, :]
+    inside = tl.broadcast_to((column < HALF)[None, :], (PADDED_HALF, PADDED_HALF))
+    upper = tl.load(at, mask=inside, other=0)
+    lower = tl.load(at + HALF * PADDED, mask=inside, other=0)
+    low = _recombine(l0, l1, l2, l3, h0, h1, h2, h3, upper, lower) * norm * down
+    upper = tl.load(at + HALF, mask=inside, other=0)
+    lower = tl.load(at + HALF * PADDED + HALF, mask=inside, other=0)
+    high = _recombine(l0, l1, l2, l3, h0, h1, h2, h3, upper, lower) * norm * down
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _digits(x, up):
+    """``round(x * up)`` as four signed bytes, the lowest first."""
+    steps = (x.to(tl.float64) * up + ROUND_64).to(tl.int64, bitcast=True)
     rest = steps.to(tl.int32)
     d0 = ((rest + 128) & 255) - 128
     rest = (rest - d0) >> 8
@@ -58,26 +84,16 @@ def rotated(
     rest = (rest - d1) >> 8
     d2 = ((rest + 128) & 255) - 128
     d3 = (rest - d2) >> 8
-    norm = tl.full((), (2.0 * HALF) ** -0.5, tl.float64)
-    down = power_of_two(tl.maximum(exponent - FRACTION_BITS, -1000))
-    k = tl.arange(0, PADDED)
-    column = tl.arange(0, PADDED_HALF)
-    at = table_ptr + k[:, None] * PADDED + column[None, :]
-    inside = (column < HALF)[None, :] & (k < PADDED)[:, None]
-    matrix = tl.load(at, mask=inside, other=0)
-    low = _recombine(d0, d1, d2, d3, matrix) * norm * down[:, None]
-    matrix = tl.load(at + HALF, mask=inside, other=0)
-    high = _recombine(d0, d1, d2, d3, matrix) * norm * down[:, None]
-    return low.to(tl.float32), high.to(tl.float32)
+    return d0.to(tl.int8), d1.to(tl.int8), d2.to(tl.int8), d3.to(tl.int8)
 
 
 @triton.jit
-def _recombine(d0, d1, d2, d3, matrix):
-    """``(d0 + d1 2^8 + d2 2^16 + d3 2^24) @ matrix``, exact in float64."""
-    s0 = tl.dot(d0.to(tl.int8), matrix, out_dtype=tl.int32)
-    s1 = tl.dot(d1.to(tl.int8), matrix, out_dtype=tl.int32)
-    s2 = tl.dot(d2.to(tl.int8), matrix, out_dtype=tl.int32)
-    s3 = tl.dot(d3.to(tl.int8), matrix, out_dtype=tl.int32)
+def _recombine(l0, l1, l2, l3, h0, h1, h2, h3, upper, lower):
+    """``l @ upper + h @ lower`` of numbers in four digits, exact in float64."""
+    s0 = tl.dot(h0, lower, tl.dot(l0, upper, out_dtype=tl.int32), out_dtype=tl.int32)
+    s1 = tl.dot(h1, lower, tl.dot(l1, upper, out_dtype=tl.int32), out_dtype=tl.int32)
+    s2 = tl.dot(h2, lower, tl.dot(l2, upper, out_dtype=tl.int32), out_dtype=tl.int32)
+    s3 = tl.dot(h3, lower, tl.dot(l3, upper, out_dtype=tl.int32), out_dtype=tl.int32)
     return (s2 + s3 * 256).to(tl.float64) * 65536.0 + (s0 + s1 * 256).to(tl.float64)
 
 
@@ -102,20 +118,28 @@ def load_halves(
     """
     column = tl.arange(0, PADDED_HALF)
     inside = live[:, None] & (column < HALF)[None, :]
-    if ROTATE:
-        element = tl.arange(0, PADDED)
-        mask = live[:, None] & (element < 2 * HALF)[None, :]
-        x = tl.load(row_ptr[:, None] + element[None, :], mask=mask, other=0.0)
-        x = x.to(tl.float32)
-        given = tl.sum((tl.abs(x) < INFINITY).to(tl.int32), axis=1) == PADDED
-        low, high = rotated(x, table_ptr, HALF, PADDED, PADDED_HALF)
-    else:
-        at = row_ptr[:, None] + column[None, :]
-        low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-        given = live | True
+    at = row_ptr[:, None] + column[None, :]
+    low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    return transformed(low, high, table_ptr, HALF, PADDED, PADDED_HALF, ROTATE)
+
+
+@triton.jit
+def transformed(
+    low,
+    high,
+    table_ptr,
+    HALF: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """As :func:`load_halves`, of halves that are there already."""
     finite = (tl.abs(low) < INFINITY) & (tl.abs(high) < INFINITY)
-    return low, high, given & (tl.sum(finite.to(tl.int32), axis=1) == PADDED_HALF)
+    if ROTATE:
+        low, high = rotated(low, high, table_ptr, HALF, PADDED, PADDED_HALF)
+        finite = finite & (tl.abs(low) < INFINITY) & (tl.abs(high) < INFINITY)
+    return low, high, tl.sum(finite.to(tl.int32), axis=1) == PADDED_HALF
 
 
 @triton.jit
@@ -177,6 +201,68 @@ def store_heads(
 
 
 @triton.jit
+def store_tokens(
+    low,
+    high,
+    finite,
+    value_ptr,
+    there,
+    slot,
+    slots,
+    cache_ptr,
+    page_stride,
+    table_ptr,
+    BLOCK_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+):
+    """Quantize K, given as halves, and V of some tokens into the pages of one head.
+
+    Args:
+        finite: bool ``[rows]``, of K.
+        value_ptr: pointers ``[rows]`` to the first element of a head of V.
+        there: which rows of V exist.
+        slot: int64 ``[rows]``; outside of ``[0, slots)`` nothing is written.
+        cache_ptr: first page of the head.
+    """
+    live = (slot >= 0) & (slot < slots)
+    slot = tl.where(live, slot, 0)
+    offset = slot % BLOCK_SIZE
+    page_ptr = cache_ptr + (slot // BLOCK_SIZE) * page_stride
+    codes_ptr = page_ptr + offset * HALF
+    # After the planes of codes those of 2 bytes: K scale, K zero, V scale, V zero.
+    parameter_ptr = (page_ptr + 2 * BLOCK_SIZE * HALF + 2 * offset).to(
+        tl.pointer_type(tl.int16)
+    )
+    store_heads(
+        low,
+        high,
+        finite,
+        live,
+        codes_ptr,
+        parameter_ptr,
+        parameter_ptr + BLOCK_SIZE,
+        HALF,
+        PADDED_HALF,
+    )
+    low, high, finite = load_halves(
+        value_ptr, there, table_ptr, HALF, PADDED, PADDED_HALF, False
+    )
+    store_heads(
+        low,
+        high,
+        finite,
+        live,
+        codes_ptr + BLOCK_SIZE * HALF,
+        parameter_ptr + 2 * BLOCK_SIZE,
+        parameter_ptr + 3 * BLOCK_SIZE,
+        HALF,
+        PADDED_HALF,
+    )
+
+
+@triton.jit
 def store(
     key_ptr,
     value_ptr,
@@ -205,43 +291,23 @@ def store(
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
     there = token < tokens
-    slot = tl.load(slot_ptr + token, mask=there, other=-1).to(tl.int64)
-    live = (slot >= 0) & (slot < slots)
-    slot = tl.where(live, slot, 0)
-    offset = slot % BLOCK_SIZE
-    page_ptr = cache_ptr + (slot // BLOCK_SIZE) * page_stride + head * head_stride
-    codes_ptr = page_ptr + offset * HALF
-    # After the planes of codes those of 2 bytes: K scale, K zero, V scale, V zero.
-    parameter_ptr = (page_ptr + 2 * BLOCK_SIZE * HALF + 2 * offset).to(
-        tl.pointer_type(tl.int16)
-    )
     row_ptr = key_ptr + token * key_token_stride + head * key_head_stride
     low, high, finite = load_halves(
         row_ptr, there, table_ptr, HALF, PADDED, PADDED_HALF, ROTATE
     )
-    store_heads(
+    store_tokens(
         low,
         high,
         finite,
-        live,
-        codes_ptr,
-        parameter_ptr,
-        parameter_ptr + BLOCK_SIZE,
+        value_ptr + token * value_token_stride + head * value_head_stride,
+        there,
+        tl.load(slot_ptr + token, mask=there, other=-1).to(tl.int64),
+        slots,
+        cache_ptr + head * head_stride,
+        page_stride,
+        table_ptr,
+        BLOCK_SIZE,
         HALF,
-        PADDED_HALF,
-    )
-    row_ptr = value_ptr + token * value_token_stride + head * value_head_stride
-    low, high, finite = load_halves(
-        row_ptr, there, table_ptr, HALF, PADDED, PADDED_HALF, False
-    )
-    store_heads(
-        low,
-        high,
-        finite,
-        live,
-        codes_ptr + BLOCK_SIZE * HALF,
-        parameter_ptr + 2 * BLOCK_SIZE,
-        parameter_ptr + 3 * BLOCK_SIZE,
-        HALF,
+        PADDED,
         PADDED_HALF,
     )

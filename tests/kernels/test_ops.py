@@ -26,6 +26,7 @@ NAMES = (
     "linear_experts_generic",
     "linear_experts_packed",
     "kv4_store",
+    "rope_kv4_store",
     "kv4_attention",
     "kv4_attention_out",
 )
@@ -83,6 +84,7 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
     cache = torch.full((2, 2, 16, 72), 255, dtype=torch.uint8)
     batch = kv_batch([40, 7], [2, 7])
     starts, lengths = torch.tensor([0, 2, 9]), torch.tensor(batch.seq_lens)
+    placed = (torch.tensor([0, 8, 3]),)
     paged = batch.cache, batch.block_table, starts, lengths
     return {
         "hadamard": [
@@ -140,6 +142,12 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
         "kv4_store": [
             (key, key, cache, torch.tensor([3, -1, 30]), True),
             (key.to(bf16), key.to(bf16), cache, torch.tensor([0, 1, 2]), False),
+        ],
+        "rope_kv4_store": [
+            (torch.randn(3, 4, 64), key + 1, key, *placed, torch.randn(9, 64))
+            + (cache, torch.tensor([3, -1, 30]), True),
+            (torch.randn(3, 4, 64).to(bf16), key.to(bf16), key.to(bf16), *placed)
+            + (torch.randn(9, 64), cache, torch.tensor([0, 1]), False),
         ],
         "kv4_attention": [
             (batch.query, *paged, 0.125, None, None, None, True),
@@ -199,7 +207,7 @@ def test_fake_has_the_form_of_the_result(
                     for a in arguments
                 )
             )
-        if name in ("kv4_store", "kv4_attention_out"):
+        if name in ("kv4_store", "rope_kv4_store", "kv4_attention_out"):
             assert real is fake is None
         else:
             assert forms(fake) == forms(real)
@@ -213,6 +221,7 @@ def test_fake_has_the_form_of_the_result(
         "rms_norm_hadamard_quantize",
         "swiglu_hadamard_quantize",
         "kv4_store",
+        "rope_kv4_store",
         "kv4_attention",
         "kv4_attention_out",
     ],
