@@ -70,17 +70,17 @@ def _learned(store: Store) -> Iterator[Verdict]:
         yield Verdict(
             f"{MAIN_SCHEME}: gap of ostquant over that of {other}, means",
             0.9,
-            _over(store, MAIN_SCHEME, "ostquant", other, _means),
+            _over(store, MAIN_SCHEME, "ostquant", other, _all_means),
         )
     yield Verdict(
         f"{MAIN_SCHEME}: gap of lowbit-best over that of ostquant, means",
         0.9,
-        _over(store, MAIN_SCHEME, "lowbit-best", "ostquant", _means),
+        _over(store, MAIN_SCHEME, "lowbit-best", "ostquant", _all_means),
     )
     yield Verdict(
         f"{MAIN_SCHEME}: gap of lowbit-best over that of quarot-gptq, means",
         0.6,
-        _over(store, MAIN_SCHEME, "lowbit-best", "quarot-gptq", _means),
+        _over(store, MAIN_SCHEME, "lowbit-best", "quarot-gptq", _all_means),
         aim=True,
     )
 
@@ -120,13 +120,22 @@ def _means(ours: Row, theirs: Row) -> float | None:
     return ours.mean_gap.mean / theirs.mean_gap.mean
 
 
+def _all_means(ours: Row, theirs: Row) -> float | None:
+    """Over all seeds; None unless both have them."""
+    return _means(ours, theirs) if _have_all_seeds(ours, theirs) else None
+
+
 def _worst(ours: Row, theirs: Row) -> float | None:
     """Seed by seed; None unless both have all of them."""
-    pairs = (ours.mean_gap.by_seed, theirs.mean_gap.by_seed)
-    seeds = SCHEMES[MAIN_SCHEME][1]
-    if any(len(by_seed) < seeds for by_seed in pairs):
+    if not _have_all_seeds(ours, theirs):
         return None
-    return max(pairs[0][seed] / pairs[1][seed] for seed in pairs[0])
+    ratios = ours.mean_gap.by_seed, theirs.mean_gap.by_seed
+    return max(ratios[0][seed] / ratios[1][seed] for seed in ratios[0])
+
+
+def _have_all_seeds(*rows: Row) -> bool:
+    seeds = SCHEMES[MAIN_SCHEME][1]
+    return all(len(each.mean_gap.by_seed) == seeds for each in rows)
 
 
 def _served(store: Store) -> Verdict:
