@@ -23,7 +23,7 @@ from vllm_lowbit.calibrate.card import (
     render_card,
     write_card,
 )
-from vllm_lowbit.calibrate.recipe import load_recipe
+from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
 from vllm_lowbit.calibrate.recipe_sections import Refine
 from vllm_lowbit.schema import LowbitConfig, Rotation, Rotations, scheme_from_name
 
@@ -205,7 +205,8 @@ def test_equalization_and_other_matrices() -> None:
         (
             "omniquant",
             [
-                "in ranges that OmniQuant learned block by block.",
+                "Weights were rounded by GPTAQ: damping 0.01, blocks of",
+                "Their ranges are those that OmniQuant learned block by block.",
                 (
                     "| between norms and linears, v and o, q and k, up and down | "
                     "scales that OmniQuant learned, folded |"
@@ -233,10 +234,14 @@ def test_clipped_inputs_are_named() -> None:
     assert "one scale per token, clipped to 0.9 of its range" in text
 
 
-def test_scales_are_not_learned_for_weights_alone() -> None:
+def test_scales_of_omniquant_are_not_learned_for_weights_alone_unless_asked() -> None:
     config = CARD.config.model_copy(update={"scheme": scheme_from_name("w3a16-g128")})
+    recipe = Recipe.model_validate({"weights": {"method": "omniquant"}})
+    text = render_card(replace(CARD, config=config, recipe=recipe))
+    assert "scales that OmniQuant learned" not in text
+    assert "Weights were rounded to the nearest code." in text
     card = replace(CARD, config=config, recipe=load_recipe("omniquant"))
-    assert "scales that OmniQuant learned" not in render_card(card)
+    assert "scales that OmniQuant learned" in render_card(card)
 
 
 def test_every_rotation_has_a_place() -> None:
