@@ -51,8 +51,13 @@ def tile_of(rows: int, head_dim: int, arch: str, mode: str) -> Tile:
     """
     amd = arch.startswith("gfx")
     padded = next_power_of_two(head_dim) != head_dim
-    crowded = mode == "whole" or (padded and (mode == "fold" or rows > DECODE_ROWS))
-    # Left to itself ptxas spills a few registers for one more resident program.
+    # Left to itself ptxas spills a few registers here, for one more resident program.
+    crowded = (
+        mode == "whole"
+        or arch == "sm_120"
+        or (head_dim == 64 and rows == DECODE_ROWS)
+        or (padded and (mode == "fold" or rows > DECODE_ROWS))
+    )
     registers = 255 if crowded and arch.startswith("sm_") else None
     if rows > DECODE_ROWS:
         return Tile(rows, 32, rows // 16, 2, False, registers)
