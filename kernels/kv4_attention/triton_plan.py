@@ -54,6 +54,7 @@ def tile_of(rows: int, head_dim: int, arch: str, mode: str) -> Tile:
     # Left to itself ptxas spills a few registers here, for one more resident program.
     crowded = (
         mode == "whole"
+        or arch == "sm_120"
         or (head_dim == 64 and rows == DECODE_ROWS)
         or (padded and (mode == "fold" or rows > DECODE_ROWS))
     )

@@ -44,7 +44,7 @@ def rotated(
 ):
     """Orthonormal Hadamard transform of rows, as halves in and out.
 
-    Exact on 31-bit integers: four int8 products of each half, whose sums int32 holds.
+    Exact on 31-bit integers: products of four int8 digits, whose sums int32 holds.
 
     Args:
         low, high: float32 ``[rows, PADDED_HALF]``, zero from HALF on.
@@ -56,44 +56,57 @@ def rotated(
     exponent = tl.where(peak > 0.0, exponent, 0)
     # An Inf leaves garbage here; the caller's own look at the values tells.
     up = power_of_two(tl.minimum(-exponent + FRACTION_BITS, 1000))[:, None]
-    l0, l1, l2, l3 = _digits(low, up)
-    h0, h1, h2, h3 = _digits(high, up)
     norm = tl.full((), (2.0 * HALF) ** -0.5, tl.float64)
     down = power_of_two(tl.maximum(exponent - FRACTION_BITS, -1000))[:, None]
     column = tl.arange(0, PADDED_HALF)
     # Rows that belong to the other half or to none meet zeros.
     at = table_ptr + column[:, None] * PADDED + column[None, :]
     inside = tl.broadcast_to((column < HALF)[None, :], (PADDED_HALF, PADDED_HALF))
-    upper = tl.load(at, mask=inside, other=0)
-    lower = tl.load(at + HALF * PADDED, mask=inside, other=0)
-    low = _recombine(l0, l1, l2, l3, h0, h1, h2, h3, upper, lower) * norm * down
-    upper = tl.load(at + HALF, mask=inside, other=0)
-    lower = tl.load(at + HALF * PADDED + HALF, mask=inside, other=0)
-    high = _recombine(l0, l1, l2, l3, h0, h1, h2, h3, upper, lower) * norm * down
-    return low.to(tl.float32), high.to(tl.float32)
+    none = tl.zeros(low.shape, tl.int32)
+    left = tl.load(at, mask=inside, other=0)
+    right = tl.load(at + HALF, mask=inside, other=0)
+    a0, a1, a2, a3, b0, b1, b2, b3 = _add_products(
+        none, none, none, none, none, none, none, none, low, up, left, right
+    )
+    at += HALF * PADDED
+    left = tl.load(at, mask=inside, other=0)
+    right = tl.load(at + HALF, mask=inside, other=0)
+    a0, a1, a2, a3, b0, b1, b2, b3 = _add_products(
+        a0, a1, a2, a3, b0, b1, b2, b3, high, up, left, right
+    )
+    low = (_recombine(a0, a1, a2, a3) * norm * down).to(tl.float32)
+    high = (_recombine(b0, b1, b2, b3) * norm * down).to(tl.float32)
+    return low, high
 
 
 @triton.jit
-def _digits(x, up):
-    """``round(x * up)`` as four signed bytes, the lowest first."""
+def _add_products(a0, a1, a2, a3, b0, b1, b2, b3, x, up, left, right):
+    """Add the products of ``round(x * up)`` with left to a, and those with right to b.
+
+    By signed bytes, the lowest first, so that few of them are held at a time.
+    """
     steps = (x.to(tl.float64) * up + ROUND_64).to(tl.int64, bitcast=True)
     rest = steps.to(tl.int32)
-    d0 = ((rest + 128) & 255) - 128
-    rest = (rest - d0) >> 8
-    d1 = ((rest + 128) & 255) - 128
-    rest = (rest - d1) >> 8
-    d2 = ((rest + 128) & 255) - 128
-    d3 = (rest - d2) >> 8
-    return d0.to(tl.int8), d1.to(tl.int8), d2.to(tl.int8), d3.to(tl.int8)
+    digit = ((rest + 128) & 255) - 128
+    rest = (rest - digit) >> 8
+    a0 = tl.dot(digit.to(tl.int8), left, a0, out_dtype=tl.int32)
+    b0 = tl.dot(digit.to(tl.int8), right, b0, out_dtype=tl.int32)
+    digit = ((rest + 128) & 255) - 128
+    rest = (rest - digit) >> 8
+    a1 = tl.dot(digit.to(tl.int8), left, a1, out_dtype=tl.int32)
+    b1 = tl.dot(digit.to(tl.int8), right, b1, out_dtype=tl.int32)
+    digit = ((rest + 128) & 255) - 128
+    rest = (rest - digit) >> 8
+    a2 = tl.dot(digit.to(tl.int8), left, a2, out_dtype=tl.int32)
+    b2 = tl.dot(digit.to(tl.int8), right, b2, out_dtype=tl.int32)
+    a3 = tl.dot(rest.to(tl.int8), left, a3, out_dtype=tl.int32)
+    b3 = tl.dot(rest.to(tl.int8), right, b3, out_dtype=tl.int32)
+    return a0, a1, a2, a3, b0, b1, b2, b3
 
 
 @triton.jit
-def _recombine(l0, l1, l2, l3, h0, h1, h2, h3, upper, lower):
-    """``l @ upper + h @ lower`` of numbers in four digits, exact in float64."""
-    s0 = tl.dot(h0, lower, tl.dot(l0, upper, out_dtype=tl.int32), out_dtype=tl.int32)
-    s1 = tl.dot(h1, lower, tl.dot(l1, upper, out_dtype=tl.int32), out_dtype=tl.int32)
-    s2 = tl.dot(h2, lower, tl.dot(l2, upper, out_dtype=tl.int32), out_dtype=tl.int32)
-    s3 = tl.dot(h3, lower, tl.dot(l3, upper, out_dtype=tl.int32), out_dtype=tl.int32)
+def _recombine(s0, s1, s2, s3):
+    """``s0 + s1 2^8 + s2 2^16 + s3 2^24``, exact in float64."""
     return (s2 + s3 * 256).to(tl.float64) * 65536.0 + (s0 + s1 * 256).to(tl.float64)
 
 
