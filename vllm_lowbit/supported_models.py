@@ -8,7 +8,7 @@ read it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .errors import UnsupportedError
@@ -114,14 +114,40 @@ class Architecture:
     stock_vocabulary: bool = False
 
 
-_OUTPUT_NORMS = {
-    "self_attn": "post_attention_layernorm",
-    "mlp": "post_feedforward_layernorm",
-}
 LLAMA = Architecture(
     name="LlamaForCausalLM",
     model_type="llama",
     bias_keys={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+)
+_GEMMA_2 = Architecture(
+    name="Gemma2ForCausalLM",
+    model_type="gemma2",
+    window="by layer",
+    full_every=2,
+    bias_keys={"attention_bias": _ATTENTION},
+    rope_types=("default",),
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+    norm_offset=1.0,
+    mlp_norm="pre_feedforward_layernorm",
+    output_norms={
+        "self_attn": "post_attention_layernorm",
+        "mlp": "post_feedforward_layernorm",
+    },
+    activation="gelu_pytorch_tanh",
+    activation_keys=("hidden_act", "hidden_activation"),
+    scaled_embedding=True,
+    query_scalar=True,
+    attention_cap="attn_logit_softcapping",
+    logits_cap="final_logit_softcapping",
+    stock_vocabulary=True,
 )
 ARCHITECTURES = {
     architecture.name: architecture
@@ -188,58 +214,23 @@ ARCHITECTURES = {
                 renormalize="norm_topk_prob",
             ),
         ),
-        Architecture(
-            name="Gemma2ForCausalLM",
-            model_type="gemma2",
-            window="by layer",
-            full_every=2,
-            bias_keys={"attention_bias": _ATTENTION},
-            rope_types=("default",),
-            defaults={
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "sliding_window": 4096,
-                "query_pre_attn_scalar": 256,
-                "attn_logit_softcapping": 50.0,
-                "final_logit_softcapping": 30.0,
-                "tie_word_embeddings": True,
-            },
-            norm_offset=1.0,
-            mlp_norm="pre_feedforward_layernorm",
-            output_norms=_OUTPUT_NORMS,
-            activation="gelu_pytorch_tanh",
-            activation_keys=("hidden_act", "hidden_activation"),
-            scaled_embedding=True,
-            query_scalar=True,
-            attention_cap="attn_logit_softcapping",
-            logits_cap="final_logit_softcapping",
-            stock_vocabulary=True,
-        ),
-        Architecture(
+        _GEMMA_2,
+        replace(
+            _GEMMA_2,
             name="Gemma3ForCausalLM",
             model_type="gemma3_text",
-            bias_keys={"attention_bias": _ATTENTION},
             qk_norm=True,
-            window="by layer",
             full_every=6,
             full_every_key="sliding_window_pattern",
             rope_types=("default", "linear"),
             rope_by_type=True,
             defaults={
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "sliding_window": 4096,
-                "query_pre_attn_scalar": 256,
-                "tie_word_embeddings": True,
+                key: value
+                for key, value in _GEMMA_2.defaults.items()
+                if not key.endswith("softcapping")
             },
-            norm_offset=1.0,
-            mlp_norm="pre_feedforward_layernorm",
-            output_norms=_OUTPUT_NORMS,
-            activation="gelu_pytorch_tanh",
-            activation_keys=("hidden_act", "hidden_activation"),
-            scaled_embedding=True,
-            query_scalar=True,
-            logits_cap="final_logit_softcapping",
+            attention_cap=None,
+            stock_vocabulary=False,
         ),
     )
 }
