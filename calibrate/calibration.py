@@ -259,9 +259,8 @@ class Calibration:
                 self.alpha,
                 self.chunk,
             )
-            if self.shape.architecture.norm_offset:
-                residual = self.transforms.residual
-                transforms = storable(transforms, tensors, self.shape, residual)
+            residual = self.transforms.residual
+            transforms = storable(transforms, tensors, self.shape, residual)
         return y, transforms
 
     def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor:

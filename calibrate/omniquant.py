@@ -188,7 +188,7 @@ class LearnedBlock:
         learned: dict[str, Any] = {n: s.exp() for n, s in self.log_scales.items()}
         learned |= self.shifts
         transforms = replace(self.start, **learned)
-        if not learned or not self.shape.architecture.norm_offset:
+        if not learned:
             return transforms
         with torch.no_grad():
             exact = storable(transforms, self.tensors, self.shape, self.residual)
