@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a backend keeps of the linears of all experts, and how it multiplies."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from .linear_kernels import LinearSpec, quantized
 _PACKED = ("weight", "weight_scale", "weight_zero", "weight_sum")
 
 
-class ExpertsKernel:
+class ExpertsKernel(ABC):
     """One backend's way with one linear of every expert.
 
     Args:
@@ -29,6 +30,7 @@ class ExpertsKernel:
     def __init__(self, spec: LinearSpec, name: str) -> None:
         self.spec, self.name = spec, name
 
+    @abstractmethod
     def keep(
         self,
         layer: Any,
@@ -44,8 +46,8 @@ class ExpertsKernel:
             scale: float32 ``[experts, n, groups]``.
             zero_point: integer ``[experts, n, groups]``, None when symmetric.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply(
         self,
         layer: Any,
@@ -63,7 +65,6 @@ class ExpertsKernel:
             routing: of the pairs.
             input_scale: float32 ``[k]`` or ``[experts, k]``, or None.
         """
-        raise NotImplementedError
 
     def _kept(self, layer: Any, *kinds: str) -> list[torch.Tensor | None]:
         """Parameters of :meth:`keep`, None for one that there is not."""
