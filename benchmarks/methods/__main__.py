@@ -14,12 +14,12 @@ extra `ray` too, and on every node this repository at the same path.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def main() -> None:
     # Lets the cells that run be ended as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     store = Store(arguments.results / "methods.json")
-    store.keep_current(_fingerprints())
+    fingerprints, skipped = _fingerprints()
+    store.keep_current(fingerprints)
     chosen = select(arguments.cells)
     if not chosen:
         raise SystemExit(f"no cell matches {arguments.cells!r}; --list prints them")
@@ -51,47 +52,50 @@ def main() -> None:
         print("\n".join(cell.key for cell in chosen))
         return
     if not arguments.report:
-        _run(store, chosen, arguments)
+        _run(store, chosen, fingerprints, skipped, arguments)
     from .report import write_report
 
     print(write_report(store, arguments.results))
 
 
-def _fingerprints() -> dict[str, str]:
-    """Of every cell that can be measured, by key."""
+def _fingerprints() -> tuple[dict[str, str], dict[str, str]]:
+    """Of every cell that can be measured, and why not of any other, by key."""
     from vllm_lowbit.errors import ConfigError
 
     from .cells import all_cells
     from .protocol import inputs
 
-    found = {}
+    found: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for cell in all_cells():
-        with contextlib.suppress(ConfigError):
-            if cell.skipped() is None:
-                found[cell.key] = cell.fingerprint(inputs(cell.model))
-    return found
-
-
-def _run(store: Any, chosen: list[Any], arguments: argparse.Namespace) -> None:
-    from vllm_lowbit.errors import ConfigError
-
-    from .protocol import inputs
-    from .run import run_here, run_on_cluster
-
-    waiting, skipped = [], {}
-    for cell in chosen:
         reason = cell.skipped()
         if reason is not None:
-            skipped[reason] = skipped.get(reason, 0) + 1
+            skipped[cell.key] = reason
             continue
         try:
-            fingerprint = cell.fingerprint(inputs(cell.model))
+            found[cell.key] = cell.fingerprint(inputs(cell.model))
         except ConfigError as error:
-            skipped[str(error)] = skipped.get(str(error), 0) + 1
-            continue
-        if arguments.again or not store.done(cell, fingerprint):
-            waiting.append((cell, fingerprint))
-    for reason, count in skipped.items():
+            skipped[cell.key] = str(error)
+    return found, skipped
+
+
+def _run(
+    store: Any,
+    chosen: list[Any],
+    fingerprints: dict[str, str],
+    skipped: dict[str, str],
+    arguments: argparse.Namespace,
+) -> None:
+    from .run import run_here, run_on_cluster
+
+    waiting = [
+        (cell, fingerprints[cell.key])
+        for cell in chosen
+        if cell.key in fingerprints
+        and (arguments.again or not store.done(cell, fingerprints[cell.key]))
+    ]
+    reasons = Counter(skipped[cell.key] for cell in chosen if cell.key in skipped)
+    for reason, count in reasons.items():
         print(f"skipped, {count} cells: {reason}", flush=True)
     print(f"{len(waiting)} of {len(chosen)} cells to measure", flush=True)
 
