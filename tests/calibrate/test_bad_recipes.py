@@ -119,6 +119,16 @@ BAD = [
     ("refine: {scope: model, step: 3}", 1, "did you mean steps? known: scope,"),
     ("refine: {scope: model, code_rate: 0}", 1, "greater than 0, got 0"),
     ("weights: {method: omniquant}\nomniquant: {let: 1}", 2, "valid boolean, got 1"),
+    (
+        "weights: {method: omniquant}\nomniquant: {rounding: awq}",
+        2,
+        "omniquant.rounding: Input should be 'rtn', 'gptq' or 'gptaq', got 'awq'",
+    ),
+    (
+        "transforms: {value: learned}\nlearn: {extra_weight_bits: 5}",
+        2,
+        "extra_weight_bits: Input should be less than or equal to 4, got 5",
+    ),
     # Not a mapping.
     ("", 1, "the file is empty"),
     ("# only a comment\n", 1, "the file is empty"),

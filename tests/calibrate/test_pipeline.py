@@ -182,7 +182,7 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(
 TRAINED: dict[str, dict[str, Any]] = {
     "omniquant": {
         "weights": {"method": "omniquant"},
-        "omniquant": {"epochs": 1, "let": True},
+        "omniquant": {"epochs": 1, "let": True, "rounding": "gptaq"},
     },
     "omniquant, qwen3": {
         "weights": {"method": "omniquant"},
