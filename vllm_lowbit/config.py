@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.platforms import current_platform
 
 from .architecture import ModelShape, check_scheme, flag_only_rotations
 from .checkpoint import INDEX, check_plain_checkpoint
@@ -32,6 +33,7 @@ from .rotations import check_rotations
 from .schema import LoadTimeOptions, LowbitConfig, Scheme, scheme_from_name
 from .takeover.checkpoint import check_foreign_checkpoint, parse, read_quantization
 from .takeover.foreign import ForeignFormat
+from .threads import let_idle_threads_sleep
 from .verification import Verification
 from .worker_metrics import identify, make_directory
 
@@ -150,10 +152,15 @@ class LowbitQuantizationConfig(QuantizationConfig):
         hf_config: "PreTrainedConfig | None" = None,
         revision: str | None = None,
     ) -> None:
-        """Read the model's sizes, place or check the rotations, check the headers."""
+        """Read the model's sizes, place or check the rotations, check the headers.
+
+        The first process comes here before it starts any other.
+        """
         if hf_config is None:
             raise UnsupportedError(f"{model_name}: vLLM passed no model config")
         make_directory()
+        if current_platform.device_type == "cpu":
+            let_idle_threads_sleep()
         source = f"{model_name}/config.json"
         data = hf_config.to_dict()
         shape = ModelShape.from_config(data, source)

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of methods: its cells, when they run, and what follows from them."""
 
-import importlib
-import importlib.util
 import json
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,26 +13,13 @@ import pytest
 from vllm_lowbit.calibrate.recipe import built_in_recipes, load_recipe
 from vllm_lowbit.errors import ConfigError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEXTS = ("WikiText-2", "novel")
 
 
 @pytest.fixture(scope="module")
-def methods() -> Iterator[Any]:
-    """``methods(name)``: a module of the package, which is not installed."""
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks",
-        BENCHMARKS / "__init__.py",
-        submodule_search_locations=[str(BENCHMARKS)],
-    )
-    assert spec is not None and spec.loader is not None
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"benchmarks.methods.{name}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "benchmarks", importlib.util.module_from_spec(spec))
-        yield load
+def methods(benchmark_module: Callable[[str], ModuleType]) -> Any:
+    """``methods(name)``: a module of the table's package."""
+    return lambda name: benchmark_module(f"methods.{name}")
 
 
 @pytest.fixture
