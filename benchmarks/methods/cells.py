@@ -73,6 +73,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "loss cross-entropy": {"learn.loss": "cross_entropy", **_NO_TOP},
     "loss kl-top renormalised": {"learn.renormalise": True},
     "weights in float while learning": {"learn.quantize_weights": False},
+    "weights a bit finer while learning": {"learn.extra_weight_bits": 1},
     "without GPTQ": {"weights": {"method": "rtn"}},
 }
 
