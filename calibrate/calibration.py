@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from ..architecture import ROUTER
+from ..architecture import EMBEDDING, HEAD, ROUTER
 from ..checkpoint import TensorSpec
 from ..errors import CalibrationError
 from ..load_time import check_finite
@@ -27,7 +27,7 @@ from .learn.end_to_end import learn_transforms
 from .learn.parameters import Learned
 from .learn.snapshot import Snapshot
 from .omniquant import OmniQuant, OmniQuantOptions
-from .plan import Transforms, online
+from .plan import Transforms, online, served_shape
 from .publish import Losses
 from .quantize import Add
 from .recipe import Recipe
@@ -157,11 +157,14 @@ class Calibration:
 
     def specs(self) -> dict[str, TensorSpec]:
         """What will be written, floats in the dtype of the base model."""
-        specs = expected_tensors(self.shape, self.config)
+        shape = served_shape(self.shape, self.config)
+        specs = expected_tensors(shape, self.config)
         for name, spec in specs.items():
             if len(spec.dtypes) > 1:
-                dtype = DTYPES[self.source.tensor(name).dtype]
-                specs[name] = replace(spec, dtypes=(dtype,))
+                here = shape.names.here(name)
+                untied = here == HEAD and self.shape.tie_word_embeddings
+                tensor = self.source.tensor(EMBEDDING if untied else here)
+                specs[name] = replace(spec, dtypes=(DTYPES[tensor.dtype],))
         return specs
 
     @torch.no_grad()
@@ -175,7 +178,7 @@ class Calibration:
         """
         plain = plain_vocabulary(self.source, self.scratch)
         served = served_vocabulary(
-            writer.add,
+            self._adding(writer),
             self.source,
             self.config.scheme,
             self.transforms.residual,
@@ -206,7 +209,7 @@ class Calibration:
 
     def _adding(self, writer: CheckpointWriter) -> Add:
         """Takes tensors by their names here."""
-        return lambda name, tensor: writer.add(self.shape.stored(name), tensor)
+        return lambda name, tensor: writer.add(self.shape.names.stored(name), tensor)
 
     def _embedded(self, vocabulary: Vocabulary) -> torch.Tensor:
         """Hidden states of every window before the first layer."""
@@ -263,8 +266,10 @@ class Calibration:
             transforms = storable(transforms, tensors, self.shape, residual)
         return y, transforms
 
-    def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor:
+    def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor | None:
         """Between up and down, of every expert where there are some."""
+        if not self.shape.architecture.passes_up_scale:
+            return None
         if not self.shape.num_experts:
             return up_scale(power.sums["down_input"], weights["mlp.down_proj.weight"])
         return torch.stack(
@@ -395,11 +400,9 @@ class Calibration:
         )
 
     def _loss(self, x: torch.Tensor, end: Vocabulary, ids: torch.Tensor) -> float:
-        norm, head = end.norm.to(self.device), end.head.to(self.device)
-        end = replace(end, norm=norm, head=head)
-        total = 0.0
+        end, total = end.to(self.device), 0.0
         for states, targets in zip(x, ids, strict=True):
-            logits = end.logits(self.plain.norm(states[:-1], norm))
+            logits = end.logits(self.plain.norm(states[:-1], *end.final_norm))
             total += float(
                 functional.cross_entropy(logits.double(), targets[1:], reduction="sum")
             )

@@ -36,10 +36,10 @@ _MAX_FRONT_MATTER = 1 << 18
 _PLACES = {
     "residual": "residual stream",
     "attn_input": "input of q, k and v",
-    "k": "queries and keys, after RoPE",
+    "k": "queries and keys",
     "v": "values, per head",
     "o_input": "input of o_proj",
-    "mlp_input": "input of gate and up",
+    "mlp_input": "input of the MLP",
     "down_input": "input of down_proj",
 }
 
@@ -116,6 +116,7 @@ class Card(Identity):
         perplexities: what calibration measured when it was done.
         calibration: what was calibrated on, None for nothing.
         versions: by the name of the package.
+        untied: whether one matrix of the base model has become embedding and head.
     """
 
     recipe: Recipe
@@ -124,6 +125,7 @@ class Card(Identity):
     perplexities: tuple[TextPerplexity, ...]
     calibration: CalibrationText | None
     versions: Mapping[str, str]
+    untied: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .architecture import ModelShape
+from .architecture import EMBEDDING, HEAD, ModelShape
 from .checkpoint import FLOATS, TensorSpec, read_json
 from .errors import CheckpointError, ConfigError
 from .kernels.grid import IntGrid
@@ -64,9 +64,8 @@ def expected_tensors(shape: ModelShape, config: LowbitConfig) -> dict[str, Tenso
     """Every tensor a lowbit checkpoint of this model must hold, in file order."""
     tensors: dict[str, TensorSpec] = {}
     for name, size in shape.tensors().items():
-        module = name.removesuffix(".weight")
-        vocabulary = module in ("model.embed_tokens", "lm_head")
-        stored = shape.stored(name)
+        vocabulary = name in (EMBEDDING, HEAD)
+        stored = shape.names.stored(name)
         stock = shape.is_stock(stored)
         if len(size) == 1 or stock or (vocabulary and config.scheme.vocab_bits == 16):
             tensors[stored] = TensorSpec(FLOATS, size, unseen=stock)

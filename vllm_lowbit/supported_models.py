@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .errors import UnsupportedError
+from .module_names import ModuleNames
 from .rope_config import (
     FULL,
     LAYER_TYPES,
@@ -38,13 +39,11 @@ class Experts:
         size: key with the intermediate size of one.
         renormalize: key that says whether the weights of a token's experts are scaled
             to a sum of one; None where they always are.
-        names: of modules as they are here, and in files.
     """
 
     count: tuple[str, ...]
     size: str
     renormalize: str | None = None
-    names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,26 @@ class Architecture:
             name after ``model.layers.N.``; lowbit checkpoints hold each by itself.
         rope_types: kinds of RoPE it may have.
         rope_by_type: whether layers of each type have RoPE parameters of their own.
+        position_rows: of a table of learned positions, that come before the first
+            token's; None where there is RoPE and no such table.
         whole_heads: whether the heads have to share hidden_size evenly.
+        keys: of the config with sizes that others call as the mapping's keys.
+        equal: keys of the config that may only say what another says.
+        neutral: further keys by which something else would be computed, and the values
+            (beside null) with which it is not.
         defaults: what keys mean that are not in config.json, where a null means
             something else.
+        names: of modules, in files and in vLLM's model.
         experts: what stands in place of the MLP; None is the MLP.
+        gated: whether the MLP has a gate; without one it is up, activation and down.
+        layer_norm: whether norms subtract the mean and have biases.
+        norm_eps: key of the config with what norms add to the variance, or that.
         norm_offset: added to the weight of every RMSNorm before it multiplies.
         mlp_norm: name of the norm before the MLP.
         output_norms: names of norms on what attention (``self_attn``) and MLP
             (``mlp``) add to the residual stream. No rotation of the stream can be
             folded through their weights.
-        activation: of the MLP's gate, as transformers names it.
+        activation: of the MLP, of its gate where it has one; as transformers names it.
         activation_keys: of the config, that say so.
         scaled_embedding: whether looked-up rows are multiplied by the square root of
             hidden_size, rounded to the model's dtype.
@@ -84,8 +93,8 @@ class Architecture:
             the scale of attention's scores.
         attention_cap, logits_cap: keys with the soft caps, ``cap * tanh(x / cap)``,
             of attention's scores and of the logits; None where there is none.
-        stock_vocabulary: whether vLLM's model takes no quantization of its embedding,
-            which is its head as well: it is tied and stays in 16 bits.
+        stock_vocabulary: whether vLLM's model takes no quantization of embedding and
+            head, which stay in 16 bits and cannot be inside an online rotation.
     """
 
     name: str
@@ -99,19 +108,32 @@ class Architecture:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     rope_by_type: bool = False
+    position_rows: int | None = None
     whole_heads: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict, hash=False)
+    equal: Mapping[str, str] = field(default_factory=dict, hash=False)
+    neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict, hash=False)
     defaults: Mapping[str, float] = field(default_factory=dict, hash=False)
+    names: ModuleNames = ModuleNames()
     experts: Experts | None = None
+    gated: bool = True
+    layer_norm: bool = False
+    norm_eps: str | float = "rms_norm_eps"
     norm_offset: float = 0.0
     mlp_norm: str = "post_attention_layernorm"
     output_norms: Mapping[str, str] = field(default_factory=dict, hash=False)
-    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    activation: Literal["silu", "gelu_pytorch_tanh", "relu"] = "silu"
     activation_keys: tuple[str, ...] = ("hidden_act",)
     scaled_embedding: bool = False
     query_scalar: bool = False
     attention_cap: str | None = None
     logits_cap: str | None = None
     stock_vocabulary: bool = False
+
+    @property
+    def passes_up_scale(self) -> bool:
+        """Whether positive scales of up's outputs come through to down's inputs."""
+        return self.gated or self.activation == "relu"
 
 
 LLAMA = Architecture(
@@ -126,6 +148,8 @@ _GEMMA_2 = Architecture(
     full_every=2,
     bias_keys={"attention_bias": _ATTENTION},
     rope_types=("default",),
+    # Its embedding is its head.
+    neutral={"tie_word_embeddings": (True,)},
     defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,
@@ -147,6 +171,46 @@ _GEMMA_2 = Architecture(
     query_scalar=True,
     attention_cap="attn_logit_softcapping",
     logits_cap="final_logit_softcapping",
+    stock_vocabulary=True,
+)
+_OPT = Architecture(
+    name="OPTForCausalLM",
+    model_type="opt",
+    biases=(*_ATTENTION, "mlp.up_proj", "mlp.down_proj"),
+    rope_types=(),
+    position_rows=2,
+    whole_heads=True,
+    keys={"intermediate_size": "ffn_dim"},
+    # vLLM sizes the KV cache by the second, and its model does not read it.
+    equal={
+        "word_embed_proj_dim": "hidden_size",
+        "num_key_value_heads": "num_attention_heads",
+    },
+    neutral={
+        # False of opt-350m: its norms come after what they would be folded into.
+        "do_layer_norm_before": (True,),
+        "_remove_final_layer_norm": (False,),
+        "enable_bias": (True,),
+        "layer_norm_elementwise_affine": (True,),
+    },
+    defaults={"max_position_embeddings": 2048, "tie_word_embeddings": True},
+    names=ModuleNames(
+        (
+            (".input_layernorm.", ".self_attn_layer_norm."),
+            (".post_attention_layernorm.", ".final_layer_norm."),
+            (".o_proj.", ".out_proj."),
+            (".mlp.up_proj.", ".fc1."),
+            (".mlp.down_proj.", ".fc2."),
+            ("model.norm.", "model.final_layer_norm."),
+            ("model.", "model.decoder."),
+        ),
+        left_out="model.",
+    ),
+    gated=False,
+    layer_norm=True,
+    norm_eps=1e-5,
+    activation="relu",
+    activation_keys=("activation_function",),
     stock_vocabulary=True,
 )
 ARCHITECTURES = {
@@ -191,15 +255,14 @@ ARCHITECTURES = {
             name="MixtralForCausalLM",
             model_type="mixtral",
             defaults={"num_key_value_heads": 8, "num_experts_per_tok": 2},
-            experts=Experts(
-                count=("num_local_experts",),
-                size="intermediate_size",
-                names={
-                    ".mlp.": ".block_sparse_moe.",
-                    ".gate_proj.": ".w1.",
-                    ".up_proj.": ".w3.",
-                    ".down_proj.": ".w2.",
-                },
+            experts=Experts(count=("num_local_experts",), size="intermediate_size"),
+            names=ModuleNames(
+                (
+                    (".mlp.", ".block_sparse_moe."),
+                    (".gate_proj.", ".w1."),
+                    (".up_proj.", ".w3."),
+                    (".down_proj.", ".w2."),
+                )
             ),
         ),
         Architecture(
@@ -224,6 +287,7 @@ ARCHITECTURES = {
             full_every_key="sliding_window_pattern",
             rope_types=("default", "linear"),
             rope_by_type=True,
+            neutral={},
             defaults={
                 key: value
                 for key, value in _GEMMA_2.defaults.items()
@@ -232,6 +296,7 @@ ARCHITECTURES = {
             attention_cap=None,
             stock_vocabulary=False,
         ),
+        _OPT,
     )
 }
 
@@ -300,10 +365,12 @@ def _refused(config: Mapping[str, Any], architecture: Architecture) -> Refused:
         key: (False,) for key in _BIAS_KEYS if key not in architecture.bias_keys
     }
     neutral |= dict.fromkeys(architecture.activation_keys, (architecture.activation,))
+    neutral |= architecture.neutral
+    neutral |= {key: (config.get(own),) for key, own in architecture.equal.items()}
     if architecture.attention_cap is not None:
         del neutral[architecture.attention_cap]
-    if architecture.stock_vocabulary:
-        neutral["tie_word_embeddings"] = (True,)
+    if architecture.position_rows is not None:
+        neutral |= dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta"), ())
     if architecture.window == "switched off":
         neutral["use_sliding_window"] = (False,)
     if architecture.window == "none":
@@ -311,7 +378,10 @@ def _refused(config: Mapping[str, Any], architecture: Architecture) -> Refused:
     for key, values in neutral.items():
         value = config.get(key)
         if value is not None and not any(same(value, other) for other in values):
-            yield key, value, " or ".join([*map(_json, values), "null"])
+            supported = " or ".join([*map(_json, values), "null"])
+            if key == "do_layer_norm_before":
+                supported += ", norms before attention and MLP, unlike opt-350m"
+            yield key, value, supported
     types = config.get("layer_types")
     if types is not None and architecture.window == "every layer":
         # vLLM and transformers disagree on which layers have the window then.

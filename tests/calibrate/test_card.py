@@ -135,7 +135,7 @@ def test_everything_is_said() -> None:
         "| embedding and head | 16 bits |",
         "GPTQ: damping 0.01, blocks of\n128 columns, in their order.",
         "| residual stream | random-sign Hadamard of order 256, folded |",
-        "| queries and keys, after RoPE | Hadamard of order 64, online |",
+        "| queries and keys | Hadamard of order 64, online |",
         "| values, per head | random-sign Hadamard of order 64, folded |",
         "| input of down_proj | Hadamard of order 12 across elements 64 apart, after ",
         " apart, after scales that are powers of two, online |",

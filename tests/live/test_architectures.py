@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 2,
         "query_pre_attn_scalar": 48,
     },
+    "opt": {"architecture": "OPTForCausalLM", "tie_word_embeddings": True},
     "mixtral": {"architecture": "MixtralForCausalLM", "num_local_experts": 4},
     "qwen3_moe": {
         "architecture": "Qwen3MoeForCausalLM",
@@ -133,7 +134,7 @@ def test_with_the_flag_alone(check: Any, served_reference: Any, plain: Path) -> 
     check(served_reference("w4a4kv4", directory=str(plain)), plain)
 
 
-@pytest.mark.parametrize("plain", ["qwen2", "gemma3"], indirect=True)
+@pytest.mark.parametrize("plain", ["qwen2", "gemma3", "opt"], indirect=True)
 def test_bfloat16(check: Any, served_reference: Any, plain: Path) -> None:
     """Biases, norms and the embedding's scale are rounded where the server rounds."""
     check(served_reference("w4a4kv4", torch.bfloat16, str(plain)), plain)
