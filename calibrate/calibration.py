@@ -29,7 +29,6 @@ from .learn.snapshot import Snapshot
 from .omniquant import OmniQuant, OmniQuantOptions
 from .plan import Transforms, online, served_shape
 from .publish import Losses
-from .quantize import Add
 from .recipe import Recipe
 from .record import CalibrationRecord
 from .refine import LearnedLayer, RefinedModel, refine_layer, refine_model
@@ -40,7 +39,7 @@ from .source import Source
 from .stages import RESIDUAL_STAGES, DecoderStages
 from .transforms import LayerTransforms, fold_layer, storable
 from .vocabulary import Vocabulary, plain_vocabulary, served_vocabulary
-from .writer import DTYPES, CheckpointWriter, largest_bytes
+from .writer import DTYPES, CheckpointWriter, largest_bytes, stacking
 
 Weights = dict[str, torch.Tensor]
 Progress = Callable[[int, int, str], None]
@@ -159,12 +158,12 @@ class Calibration:
         """What will be written, floats in the dtype of the base model."""
         shape = served_shape(self.shape, self.config)
         specs = expected_tensors(shape, self.config)
-        for name, spec in specs.items():
-            if len(spec.dtypes) > 1:
-                here = shape.names.here(name)
+        for here in shape.tensors():
+            name = shape.in_lowbit(here)[0]
+            if name in specs and len(specs[name].dtypes) > 1:
                 untied = here == HEAD and self.shape.tie_word_embeddings
                 tensor = self.source.tensor(EMBEDDING if untied else here)
-                specs[name] = replace(spec, dtypes=(DTYPES[tensor.dtype],))
+                specs[name] = replace(specs[name], dtypes=(DTYPES[tensor.dtype],))
         return specs
 
     @torch.no_grad()
@@ -178,7 +177,7 @@ class Calibration:
         """
         plain = plain_vocabulary(self.source, self.scratch)
         served = served_vocabulary(
-            self._adding(writer),
+            stacking(writer, self.shape),
             self.source,
             self.config.scheme,
             self.transforms.residual,
@@ -197,7 +196,7 @@ class Calibration:
             if self.recipe.refine.scope == "model":
                 layers.append((layer, folded))
             else:
-                layer.write(self._adding(writer), _prefix(index))
+                layer.write(stacking(writer, self.shape), _prefix(index))
         if layers:
             x = self._refine(layers, plain, served, writer)
         self.progress(self.total, self.total, "measuring")
@@ -206,10 +205,6 @@ class Calibration:
             self._losses(slice(None, split), plain, y, served, x),
             self._losses(slice(split, None), plain, y, served, x),
         )
-
-    def _adding(self, writer: CheckpointWriter) -> Add:
-        """Takes tensors by their names here."""
-        return lambda name, tensor: writer.add(self.shape.names.stored(name), tensor)
 
     def _embedded(self, vocabulary: Vocabulary) -> torch.Tensor:
         """Hidden states of every window before the first layer."""
@@ -380,7 +375,7 @@ class Calibration:
         y = self._served_basis(plain.look_up(self.windows[: self.chunk]))
         y = y.to(self.device)
         for index, (layer, (_, folded)) in enumerate(zip(refined, layers, strict=True)):
-            layer.write(self._adding(writer), _prefix(index))
+            layer.write(stacking(writer, self.shape), _prefix(index))
             x = self._advance(index, layer, folded, Streams(x, y))
             y = through(self.models.plain.at(index), folded, y)
         return x

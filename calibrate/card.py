@@ -117,6 +117,7 @@ class Card(Identity):
         calibration: what was calibrated on, None for nothing.
         versions: by the name of the package.
         untied: whether one matrix of the base model has become embedding and head.
+        up_scaled: whether scales come through from up to down.
     """
 
     recipe: Recipe
@@ -126,6 +127,7 @@ class Card(Identity):
     calibration: CalibrationText | None
     versions: Mapping[str, str]
     untied: bool = False
+    up_scaled: bool = True
 
 
 @dataclass(frozen=True)
@@ -333,19 +335,20 @@ def _transforms(card: Card) -> dict[str, str]:
     for name, rotation in card.config.rotations:
         if isinstance(rotation, Rotation):
             rows[_PLACES[name]] = _rotation(rotation)
+    up = ", up and down" if card.up_scaled else ""
     if card.recipe.transforms.scales_are_learned:
-        places = "between norms and linears, v and o, k and q, up and down"
+        places = f"between norms and linears, v and o, k and q{up}"
         rows[places] = "learned scales, folded"
     elif card.recipe.transforms.equalize:
-        rows["between up and down, v and o"] = "scales from weights and inputs, folded"
+        rows[f"between v and o{up}"] = "scales from weights and inputs, folded"
     if card.recipe.transforms.smooth is not None:
-        rows["between norms and linears, up and down, v and o"] = (
+        rows[f"between norms and linears, v and o{up}"] = (
             f"SmoothQuant's scales, alpha {card.recipe.transforms.smooth}, folded"
         )
     if card.recipe.weights.method == "omniquant":
         let = card.recipe.omniquant.let
         if card.config.scheme.activations.bits != 16 if let is None else let:
-            rows["between norms and linears, v and o, q and k, up and down"] = (
+            rows[f"between norms and linears, v and o, q and k{up}"] = (
                 "scales that OmniQuant learned, folded"
             )
     return rows

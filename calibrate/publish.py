@@ -76,6 +76,7 @@ def publish(
         calibration=CalibrationText(text.name, data.samples, data.seq_len, recipe.seed),
         versions={package: version(package) for package in PACKAGES},
         untied=_is_untied(source, report.config),
+        up_scaled=source.shape.architecture.passes_up_scale,
     )
     write_card(writer.staging, card)
     writer.commit(_model_config(source, report.config))

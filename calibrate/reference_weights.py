@@ -35,6 +35,8 @@ from ..schema import LowbitConfig, Rotation, Weights
 from ..takeover.foreign import ForeignFormat
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+# Last parts of the names of tensors that hold a quantized matrix.
+PACKED = ("weight_packed", "weight_scale", "weight_zero_point")
 # Of 8-bit codes less their zero point, or of narrower ones.
 _WEIGHT_MAX = 1 << 8
 
@@ -187,19 +189,29 @@ class WeightReader:
                     here = shape.names.here(shape.names.whole(name))
                     self._tensors[here] = file.get_tensor(name)
         self._shared_scales: dict[str, torch.Tensor] = {}
-        if stored is None:
+        if not isinstance(stored, ForeignFormat):
             self._split()
 
     def _split(self) -> None:
-        """Give each linear that the files stack with others its own tensor."""
-        fused = {}
+        """Give each linear its own ``[outputs, inputs]``, also where files have not."""
+        plain, here = self._stored is None, self._shape.names.here
+        stacked = set()
         for name in self._shape.tensors():
-            stored, rows = self._shape.in_plain(name)
-            if rows != slice(None):
-                file_name = self._shape.names.here(stored)
-                fused[file_name] = self._tensors[file_name]
-                self._tensors[name] = fused[file_name][rows]
-        for name in fused:
+            module, _, kind = name.rpartition(".")
+            kinds = [kind] if plain or kind != "weight" else [kind, *PACKED]
+            for one in (f"{module}.{kind}" for kind in kinds):
+                where = self._shape.in_plain if plain else self._shape.in_lowbit
+                stored, rows = where(one)
+                file_name = one if rows == slice(None) else here(stored)
+                if file_name not in self._tensors:
+                    continue
+                tensor = self._tensors[file_name]
+                if plain and self._shape.is_transposed(name):
+                    tensor = tensor.t()
+                self._tensors[one] = tensor[rows].contiguous()
+                if file_name != one:
+                    stacked.add(file_name)
+        for name in stacked:
             del self._tensors[name]
 
     def norms(self) -> dict[str, torch.Tensor]:

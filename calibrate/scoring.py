@@ -60,7 +60,7 @@ class Target:
         shape = ModelShape.from_config(data, source)
         # What transformers assumes where a config does not say.
         key = shape.architecture.keys.get(_POSITIONS, _POSITIONS)
-        max_positions = data.get(key, shape.architecture.defaults.get(_POSITIONS, 2048))
+        max_positions = data.get(key, shape.architecture.defaults.get(key, 2048))
         if type(max_positions) is not int:
             raise ConfigError(
                 f"{source}: {key} must be an integer, got {shorten(max_positions)}"

@@ -91,8 +91,13 @@ class Source:
         path, file_name = self.files[stored]
         with safe_open(path, framework="pt") as file:
             if rows == slice(None):
-                return file.get_tensor(file_name)
-            return file.get_slice(file_name)[rows]
+                tensor = file.get_tensor(file_name)
+            elif self.shape.is_transposed(name):
+                tensor = file.get_slice(file_name)[:, rows]
+            else:
+                tensor = file.get_slice(file_name)[rows]
+        transposed = self.shape.is_transposed(name)
+        return tensor.t().contiguous() if transposed else tensor
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Tensors of a decoder layer, by name after ``model.layers.N.``."""

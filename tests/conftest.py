@@ -246,6 +246,7 @@ def _lowbit_checkpoint(
     vocab_bits: int = 16,
     **rotations: Any,
 ) -> Path:
+    import torch
     from safetensors.torch import load_file, save_file
 
     from vllm_lowbit.architecture import ModelShape
@@ -260,13 +261,19 @@ def _lowbit_checkpoint(
     plain = load_file(Path(source) / "model.safetensors")
     of = {name: shape.in_plain(name) for name in shape.tensors()}
     dtypes = {name: plain[file_name].dtype for name, (file_name, _) in of.items()}
-    plain = {name: plain[file_name][rows] for name, (file_name, rows) in of.items()}
+    plain = {
+        name: (plain[f].t() if shape.is_transposed(name) else plain[f])[rows]
+        for name, (f, rows) in of.items()
+    }
     floats = {name: tensor.float() for name, tensor in plain.items()}
     tensors = {
         name: tensor.to(dtypes.get(name, tensor.dtype))
         for name, tensor in _round_to_nearest(floats, shape, config)
     }
-    tensors = {shape.names.stored(name): tensor for name, tensor in tensors.items()}
+    parts: dict[str, list[Any]] = {}
+    for name, tensor in tensors.items():
+        parts.setdefault(shape.in_lowbit(name)[0], []).append(tensor)
+    tensors = {name: torch.cat(of_name) for name, of_name in parts.items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, directory / PLAIN)
     hf_config["quantization_config"] = config.model_dump(mode="json")

@@ -34,6 +34,16 @@ OPT: dict[str, Any] = {
     "ffn_dim": 768,
     "num_key_value_heads": 4,
 }
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 256,
+    "n_layer": 2,
+    "n_head": 4,
+    "hidden_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -127,6 +137,10 @@ def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> ModelShape
             },
         ),
         ({**OPT, "max_position_embeddings": 30}, {"positions": 32, "num_kv_heads": 4}),
+        (
+            {**GPT2, "n_inner": 768},
+            {"positions": 1024, "tie_word_embeddings": True, "num_kv_heads": 4},
+        ),
     ],
 )
 def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -145,6 +159,8 @@ NOT_NULL = {  # transformers' config class, or what reads it, refuses these
     ("Qwen3MoeForCausalLM", "num_key_value_heads"),
     ("OPTForCausalLM", "max_position_embeddings"),
     ("OPTForCausalLM", "tie_word_embeddings"),
+    ("GPT2LMHeadModel", "n_positions"),
+    ("GPT2LMHeadModel", "tie_word_embeddings"),
     *(
         (f"Gemma{version}ForCausalLM", key)
         for version in (2, 3)
@@ -170,6 +186,7 @@ OF = {
         "final_logit_softcapping",
     ),
     "OPT": ("max_position_embeddings", "tie_word_embeddings", "word_embed_proj_dim"),
+    "GPT": ("n_positions", "n_inner", "tie_word_embeddings"),
 }
 
 
@@ -195,6 +212,9 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(
     keys |= OF_EXPERTS.get(name, {})
     if name == "OPTForCausalLM":
         keys |= {"ffn_dim": 768, "num_key_value_heads": 32, "head_dim": 32}
+    if name == "GPT2LMHeadModel":
+        sizes = {"n_embd": 1024, "n_layer": 2, "n_head": 32, "n_inner": 768}
+        keys = {"architectures": [name], "vocab_size": 1000, "n_positions": 64, **sizes}
     keys.pop(dropped, None)
     if how == "null":
         keys[dropped] = None
@@ -208,7 +228,7 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(
     [
         None,
         [],
-        ["GPT2LMHeadModel"],
+        ["GPTNeoForCausalLM"],
         ["LlamaForSequenceClassification"],
         ["Qwen2ForCausalLM", "LlamaForCausalLM"],
         ["Qwen2MoeForCausalLM"],
@@ -226,7 +246,7 @@ def test_other_architectures(architectures: object) -> None:
         f"m/config.json: architectures {architectures!r} is not supported; "
         "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
         "Qwen3ForCausalLM, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, "
-        "Gemma2ForCausalLM, Gemma3ForCausalLM, OPTForCausalLM"
+        "Gemma2ForCausalLM, Gemma3ForCausalLM, OPTForCausalLM, GPT2LMHeadModel"
     )
 
 
@@ -343,6 +363,10 @@ OTHER_KEYS = (
     "query_pre_attn_scalar",
     "sliding_window_pattern",
     "ffn_dim",
+    "n_embd",
+    "n_head",
+    "n_inner",
+    "n_positions",
     "max_position_embeddings",
     "word_embed_proj_dim",
 )
@@ -367,7 +391,7 @@ JUNK = st.one_of(
 @example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1}, {})
 @given(
     st.dictionaries(st.sampled_from([*SIZES, *OTHER_KEYS]), JUNK),
-    st.sampled_from([{}, GEMMA2, GEMMA3, OPT]),
+    st.sampled_from([{}, GEMMA2, GEMMA3, OPT, GPT2]),
 )
 def test_any_config_is_read_or_refused(
     keys: dict[str, Any], base: dict[str, Any]
@@ -447,12 +471,14 @@ def _in_files(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
         {**GEMMA3, "tie_word_embeddings": False},
         {**OPT, "tie_word_embeddings": True},
         {**OPT, "tie_word_embeddings": False, "max_position_embeddings": 30},
+        {**GPT2, "tie_word_embeddings": True, "n_positions": 40},
+        {**GPT2, "tie_word_embeddings": False, "n_inner": 96},
     ],
 )
 def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    keys = {**config(), **keys}
+    keys = config(**keys) | {k: v for k, v in keys.items() if k == "pad_token_id"}
     model_class = getattr(transformers, keys["architectures"][0])
     hf_config = model_class.config_class(**keys)
     with torch.device("meta"):

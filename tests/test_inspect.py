@@ -320,7 +320,7 @@ class TestRefused:
 
     def test_architecture_and_group_size(self, out: Path) -> None:
         def architecture(data: Any) -> None:
-            data["architectures"] = ["GPT2LMHeadModel"]
+            data["architectures"] = ["GPTNeoXForCausalLM"]
 
         def group_size(data: Any) -> None:
             data["architectures"] = ["LlamaForCausalLM"]
@@ -328,7 +328,7 @@ class TestRefused:
             data["quantization_config"]["scheme"]["weights"]["group_size"] = 64
 
         edit_json(out / "config.json", architecture)
-        assert "architectures ['GPT2LMHeadModel'] is not" in run(out, code=1)[1]
+        assert "architectures ['GPTNeoXForCausalLM'] is not" in run(out, code=1)[1]
         edit_json(out / "config.json", group_size)
         assert "group_size 64 does not divide intermediate" in run(out, code=1)[1]
 

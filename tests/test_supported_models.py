@@ -25,7 +25,7 @@ MIXTRAL, QWEN3_MOE = "MixtralForCausalLM", "Qwen3MoeForCausalLM"
 GEMMA2 = "Gemma2ForCausalLM"
 GEMMA3 = "Gemma3ForCausalLM"
 GEMMAS = (GEMMA2, GEMMA3)
-OPT = "OPTForCausalLM"
+OPT, GPT2 = "OPTForCausalLM", "GPT2LMHeadModel"
 EVERY = tuple(ARCHITECTURES)
 ROPED = tuple(n for n, own in ARCHITECTURES.items() if own.position_rows is None)
 NOT_ROPED = tuple(name for name in EVERY if name not in ROPED)
@@ -41,6 +41,15 @@ REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
     ((OPT,), "enable_bias", False, "true or null"),
     ((OPT,), "layer_norm_elementwise_affine", False, "true or null"),
     ((OPT,), "word_embed_proj_dim", 512, "256 or null"),
+    ((GPT2,), "activation_function", "relu", "'gelu_new' or null"),
+    ((GPT2,), "scale_attn_weights", False, "true or null"),
+    ((GPT2,), "scale_attn_by_inverse_layer_idx", True, "false or null"),
+    ((GPT2,), "reorder_and_upcast_attn", True, "false or null"),
+    ((GPT2,), "add_cross_attention", True, "false or null"),
+    ((GPT2,), "hidden_size", 256, "null"),
+    ((GPT2,), "num_hidden_layers", 2, "null"),
+    ((GPT2,), "num_attention_heads", 4, "null"),
+    ((GPT2,), "max_position_embeddings", 1024, "null"),
     (NOT_ROPED, "num_key_value_heads", 2, "4 or null"),
     (NOT_ROPED, "rope_theta", 10000.0, "null"),
     (NOT_ROPED, "rope_scaling", {"type": "linear", "factor": 2.0}, "null"),
@@ -310,7 +319,8 @@ def own(directory: Path) -> list[str]:
     names = [f"model.layers.1.{name}" for name in names]
     if architecture.position_rows is not None:
         names += ["model.norm.bias", "model.embed_positions.weight"]
-    return [architecture.names.stored(name) for name in names]
+    # One tensor has q, k and v.
+    return list(dict.fromkeys(architecture.names.stored(name) for name in names))
 
 
 def test_files_of_each_architecture(
@@ -356,6 +366,7 @@ def test_tensors_of_an_architecture_are_needed(
         (OPT, "model.decoder.embed_tokens.weight"),
         (OPT, "model.decoder.embed_positions.weight"),
         (OPT, "lm_head.weight"),
+        (GPT2, "transformer.wpe.weight"),
     ],
 )
 def test_a_vocabulary_that_vllm_holds_is_finite(

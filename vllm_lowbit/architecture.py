@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .decoder import Architecture
 from .errors import UnsupportedError
-from .module_names import FUSED, ModuleNames
+from .module_names import FUSED, ROLES, ModuleNames
 from .rope_config import FULL, SLIDING
-from .supported_models import LLAMA, Architecture, architecture_of
+from .supported_models import LLAMA, architecture_of
 
 # Of a mixture of experts, after ``model.layers.N.``; it is never quantized.
 ROUTER = "mlp.gate"
@@ -160,7 +161,8 @@ class ModelShape:
         return cls(
             hidden_size=hidden,
             intermediate_size=size(
-                "intermediate_size" if experts is None else experts.size
+                "intermediate_size" if experts is None else experts.size,
+                architecture.mlp_ratio and architecture.mlp_ratio * hidden,
             ),
             num_layers=layers,
             num_heads=heads,
@@ -215,11 +217,20 @@ class ModelShape:
         names: dict[str, tuple[int, ...]] = {}
         for name, size in self.tensors().items():
             file_name, rows = self.in_plain(name)
-            if rows == slice(None):
-                names[file_name] = size
-            else:
-                names[file_name] = (rows.stop, *size[1:])
+            if rows != slice(None):
+                size = (rows.stop, *size[1:])
+            names[file_name] = size[::-1] if self.is_transposed(name) else size
         return names
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a plain checkpoint holds a tensor with its dimensions exchanged.
+
+        Args:
+            name: one of :meth:`tensors`.
+        """
+        module, _, kind = name.rpartition(".")
+        linear = kind == "weight" and module.rpartition(".")[2] in ROLES
+        return linear and self.architecture.conv1d
 
     def in_plain(self, name: str) -> tuple[str, slice]:
         """Tensor of a plain checkpoint that holds one of the model, and its rows.
@@ -237,6 +248,16 @@ class ModelShape:
                 whole = f"{module.removesuffix(part)}{fused}.{kind}"
                 return self.names.stored(whole), rows
         return self.names.stored(name), slice(None)
+
+    def in_lowbit(self, name: str) -> tuple[str, slice]:
+        """The same of a lowbit checkpoint, where what is quantized has other tensors.
+
+        Args:
+            name: as one of :meth:`tensors`, or with another last part.
+        """
+        stacked, rows = self.in_plain(name)
+        own = self.names.stored(name)
+        return own, rows if own == stacked else slice(None)
 
     @property
     def names(self) -> ModuleNames:

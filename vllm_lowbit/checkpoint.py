@@ -62,7 +62,7 @@ def check_plain_checkpoint(model: str, shape: ModelShape) -> None:
 def may_be_there(shape: ModelShape, name: str) -> bool:
     """Whether a tensor that is not the model's is known to be superfluous."""
     repeated = shape.tie_word_embeddings and name == HEAD
-    return repeated or name.endswith("rotary_emb.inv_freq")
+    return repeated or name.endswith(shape.architecture.superfluous)
 
 
 def check_tensors(

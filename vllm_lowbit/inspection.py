@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .kernels.kv4_store.layout import bytes_per_token
 from .lowbit_checkpoint import read_config
 from .manifest import StoredTensor, require_headers
-from .module_names import ROLES
+from .module_names import FUSED, ROLES
 from .placement import check_scheme
 from .schema import LowbitConfig, Rotation
 
@@ -246,7 +246,8 @@ def _bits_per_weight(
 
     def of_linear(name: str) -> bool:
         module, _, kind = name.rpartition(".")
-        return module.rpartition(".")[2] in ROLES and kind != "bias"
+        role = module.rpartition(".")[2]
+        return (role in ROLES or role in FUSED) and kind != "bias"
 
     plain, here = shape.tensors(), shape.names.here
     weights = sum(prod(size) for name, size in plain.items() if of_linear(name))

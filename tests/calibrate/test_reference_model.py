@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "opt": {"architecture": "OPTForCausalLM"},
+    "gpt2": {"architecture": "GPT2LMHeadModel"},
 }
 FINE = {
     "weights": {"bits": 8, "symmetric": True, "group_size": 32},

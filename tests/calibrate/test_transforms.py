@@ -127,6 +127,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "opt": {"architecture": "OPTForCausalLM", "hidden_size": 192},
     "opt, tied": {"architecture": "OPTForCausalLM", "tie_word_embeddings": True},
+    "gpt2": {"architecture": "GPT2LMHeadModel", "tie_word_embeddings": True},
+    "gpt2, untied": {"architecture": "GPT2LMHeadModel", "hidden_size": 192},
     "mixtral": {"architecture": "MixtralForCausalLM", "num_local_experts": 4},
     "qwen3 moe": {
         "architecture": "Qwen3MoeForCausalLM",
@@ -244,7 +246,10 @@ def _check(directory: Path, seed: int) -> None:
 
     shape = ModelShape.from_config(config.to_dict(), "x")
     of = {name: shape.in_plain(name) for name in shape.tensors()}
-    parts = {name: state[file_name][rows] for name, (file_name, rows) in of.items()}
+    parts = {
+        name: (state[f].t() if shape.is_transposed(name) else state[f])[rows]
+        for name, (f, rows) in of.items()
+    }
     ours, random = _Model(config, parts), _random(generator)
     dense = of_stream(_orthogonal(random, 1, shape.hidden_size), shape)
     order = largest_order(shape.hidden_size)

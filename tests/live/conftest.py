@@ -129,11 +129,17 @@ class _ServedReference(ReferenceModel):
         return gain if self.own.norm_offset else gain.to(self.dtype)
 
     def _activated(self, out: torch.Tensor) -> torch.Tensor:
-        from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+        from vllm.model_executor.layers.activation import (
+            GeluAndMul,
+            NewGELU,
+            SiluAndMul,
+        )
 
-        if not self.own.gated:
+        if self.own.activation == "relu":
             return super()._activated(out)
         gate_up = out.to(self.dtype)
+        if self.own.activation == "gelu_new":
+            return NewGELU.forward_native(None, gate_up).float()
         if self.own.activation == "silu":
             return SiluAndMul.forward_native(gate_up).float()
         tanh = SimpleNamespace(approximate="tanh")

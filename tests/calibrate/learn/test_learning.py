@@ -31,6 +31,7 @@ from vllm_lowbit.calibrate.transforms import (
     folded_norm,
     gain,
     norm_readers,
+    scale_shapes,
 )
 from vllm_lowbit.schema import Provenance
 
@@ -131,7 +132,7 @@ def _check_exact(
         logits = _logits(model, recipe, learned, windows[:2])
     assert (logits - expected).norm() < 1e-6 * expected.norm()
     if transforms["scales"] == "learned":
-        for name in ("attn_scale", "mlp_scale", "value_scale", "key_scale", "up_scale"):
+        for name in scale_shapes(Source.open(str(model)).shape):
             scale = getattr(learned.layer(0), name)
             assert 0.01 < float(scale.log().abs().max()) < 6
 
@@ -157,6 +158,10 @@ def _check_exact(
             ALL | {"equalize": True},
         ),
         ({"architecture": "OPTForCausalLM"}, ALL | {"residual": "none"}),
+        (
+            {"architecture": "GPT2LMHeadModel", "tie_word_embeddings": True},
+            ALL | {"equalize": True},
+        ),
         (
             {
                 "architecture": "Gemma2ForCausalLM",
