@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from ..architecture import ROUTER
+from ..architecture import EMBEDDING, HEAD, ROUTER
 from ..checkpoint import TensorSpec
 from ..errors import CalibrationError
 from ..load_time import check_finite
@@ -27,9 +27,8 @@ from .learn.end_to_end import learn_transforms
 from .learn.parameters import Learned
 from .learn.snapshot import Snapshot
 from .omniquant import OmniQuant, OmniQuantOptions
-from .plan import Transforms, online
+from .plan import Transforms, online, served_shape
 from .publish import Losses
-from .quantize import Add
 from .recipe import Recipe
 from .record import CalibrationRecord
 from .refine import LearnedLayer, RefinedModel, refine_layer, refine_model
@@ -40,7 +39,7 @@ from .source import Source
 from .stages import RESIDUAL_STAGES, DecoderStages
 from .transforms import LayerTransforms, fold_layer, storable
 from .vocabulary import Vocabulary, plain_vocabulary, served_vocabulary
-from .writer import DTYPES, CheckpointWriter, largest_bytes
+from .writer import DTYPES, CheckpointWriter, largest_bytes, stacking
 
 Weights = dict[str, torch.Tensor]
 Progress = Callable[[int, int, str], None]
@@ -157,11 +156,14 @@ class Calibration:
 
     def specs(self) -> dict[str, TensorSpec]:
         """What will be written, floats in the dtype of the base model."""
-        specs = expected_tensors(self.shape, self.config)
-        for name, spec in specs.items():
-            if len(spec.dtypes) > 1:
-                dtype = DTYPES[self.source.tensor(name).dtype]
-                specs[name] = replace(spec, dtypes=(dtype,))
+        shape = served_shape(self.shape, self.config)
+        specs = expected_tensors(shape, self.config)
+        for here in shape.tensors():
+            name = shape.in_lowbit(here)[0]
+            if name in specs and len(specs[name].dtypes) > 1:
+                untied = here == HEAD and self.shape.tie_word_embeddings
+                tensor = self.source.tensor(EMBEDDING if untied else here)
+                specs[name] = replace(specs[name], dtypes=(DTYPES[tensor.dtype],))
         return specs
 
     @torch.no_grad()
@@ -175,7 +177,7 @@ class Calibration:
         """
         plain = plain_vocabulary(self.source, self.scratch)
         served = served_vocabulary(
-            writer.add,
+            stacking(writer, self.shape),
             self.source,
             self.config.scheme,
             self.transforms.residual,
@@ -194,7 +196,7 @@ class Calibration:
             if self.recipe.refine.scope == "model":
                 layers.append((layer, folded))
             else:
-                layer.write(self._adding(writer), _prefix(index))
+                layer.write(stacking(writer, self.shape), _prefix(index))
         if layers:
             x = self._refine(layers, plain, served, writer)
         self.progress(self.total, self.total, "measuring")
@@ -203,10 +205,6 @@ class Calibration:
             self._losses(slice(None, split), plain, y, served, x),
             self._losses(slice(split, None), plain, y, served, x),
         )
-
-    def _adding(self, writer: CheckpointWriter) -> Add:
-        """Takes tensors by their names here."""
-        return lambda name, tensor: writer.add(self.shape.stored(name), tensor)
 
     def _embedded(self, vocabulary: Vocabulary) -> torch.Tensor:
         """Hidden states of every window before the first layer."""
@@ -263,8 +261,10 @@ class Calibration:
             transforms = storable(transforms, tensors, self.shape, residual)
         return y, transforms
 
-    def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor:
+    def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor | None:
         """Between up and down, of every expert where there are some."""
+        if not self.shape.architecture.passes_up_scale:
+            return None
         if not self.shape.num_experts:
             return up_scale(power.sums["down_input"], weights["mlp.down_proj.weight"])
         return torch.stack(
@@ -375,7 +375,7 @@ class Calibration:
         y = self._served_basis(plain.look_up(self.windows[: self.chunk]))
         y = y.to(self.device)
         for index, (layer, (_, folded)) in enumerate(zip(refined, layers, strict=True)):
-            layer.write(self._adding(writer), _prefix(index))
+            layer.write(stacking(writer, self.shape), _prefix(index))
             x = self._advance(index, layer, folded, Streams(x, y))
             y = through(self.models.plain.at(index), folded, y)
         return x
@@ -395,11 +395,9 @@ class Calibration:
         )
 
     def _loss(self, x: torch.Tensor, end: Vocabulary, ids: torch.Tensor) -> float:
-        norm, head = end.norm.to(self.device), end.head.to(self.device)
-        end = replace(end, norm=norm, head=head)
-        total = 0.0
+        end, total = end.to(self.device), 0.0
         for states, targets in zip(x, ids, strict=True):
-            logits = end.logits(self.plain.norm(states[:-1], norm))
+            logits = end.logits(self.plain.norm(states[:-1], *end.final_norm))
             total += float(
                 functional.cross_entropy(logits.double(), targets[1:], reduction="sum")
             )

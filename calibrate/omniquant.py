@@ -21,13 +21,13 @@ from .layer import LayerModels, Streams, Tensors
 from .quantize import Ranges
 from .recipe_sections import OmniQuant as Settings
 from .record import CalibrationRecord
-from .stages import LINEARS
+from .rotations import Orthogonal
+from .stages import linears_of
 from .straight_through import on_grid, rounded, stored_as
 from .training import Group, Training
 from .transforms import (
     NORM_SCALES,
     LayerTransforms,
-    Orthogonal,
     fold_layer,
     scale_shapes,
     storable,
@@ -171,7 +171,7 @@ class LearnedBlock:
         self._fixed = None if let else folded
         self.clips = {
             name: ClippedMatrix(folded[f"{name}.weight"], grid, weights.group_size)
-            for name in LINEARS
+            for name in linears_of(self.shape)
         }
 
     def _log_scales(self) -> Tensors:

@@ -189,6 +189,27 @@ class TestJson:
         assert found["kv_token"]["ratio"] == 1
         assert found["rotations"] == {}
 
+    @pytest.mark.parametrize(
+        ("architecture", "reader"),
+        [
+            ("MixtralForCausalLM", "gate_up_proj"),
+            ("OPTForCausalLM", "up_proj"),
+            ("GPT2LMHeadModel", "up_proj"),
+        ],
+    )
+    def test_linears_of_other_names(
+        self,
+        tmp_path: Path,
+        tiny_model: Any,
+        published_checkpoint: Any,
+        architecture: str,
+        reader: str,
+    ) -> None:
+        plain = tiny_model(tmp_path / "plain", architecture=architecture)
+        found = read(published_checkpoint(tmp_path, plain, scheme="w3a16-g64"))
+        assert found["bits_per_weight"]["linears"] == 3 + (32 + 8) / 64
+        assert list(found["linears"]) == ["qkv_proj", "o_proj", reader, "down_proj"]
+
     def test_tied_vocabulary_in_8_bits(
         self, tmp_path: Path, tiny_model: Any, published_checkpoint: Any
     ) -> None:
@@ -320,7 +341,7 @@ class TestRefused:
 
     def test_architecture_and_group_size(self, out: Path) -> None:
         def architecture(data: Any) -> None:
-            data["architectures"] = ["GPT2LMHeadModel"]
+            data["architectures"] = ["GPTNeoXForCausalLM"]
 
         def group_size(data: Any) -> None:
             data["architectures"] = ["LlamaForCausalLM"]
@@ -328,7 +349,7 @@ class TestRefused:
             data["quantization_config"]["scheme"]["weights"]["group_size"] = 64
 
         edit_json(out / "config.json", architecture)
-        assert "architectures ['GPT2LMHeadModel'] is not" in run(out, code=1)[1]
+        assert "architectures ['GPTNeoXForCausalLM'] is not" in run(out, code=1)[1]
         edit_json(out / "config.json", group_size)
         assert "group_size 64 does not divide intermediate" in run(out, code=1)[1]
 

@@ -11,12 +11,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .architecture import ModelShape, check_scheme
+from .architecture import ModelShape
 from .errors import CheckpointError
 from .kernels.kv4_store.layout import bytes_per_token
-from .load_time import FUSED
 from .lowbit_checkpoint import read_config
 from .manifest import StoredTensor, require_headers
+from .module_names import FUSED, ROLES
+from .placement import check_scheme
 from .schema import LowbitConfig, Rotation
 
 BF16_BYTES = 2
@@ -24,6 +25,7 @@ _INPUTS = {
     "qkv_proj": "attn_input",
     "o_proj": "o_input",
     "gate_up_proj": "mlp_input",
+    "up_proj": "mlp_input",
     "down_proj": "down_input",
 }
 
@@ -115,7 +117,8 @@ class Inspection:
         provenance: ``base_model``, ``base_revision`` (None for one that is not of a
             hub), ``recipe`` and ``recipe_sha256``; None where it is not known.
         scheme: name, such as ``w4a4kv4``.
-        linears: by class: ``qkv_proj``, ``o_proj``, ``gate_up_proj``, ``down_proj``.
+        linears: by class: ``qkv_proj``, ``o_proj``, ``gate_up_proj`` (``up_proj``
+            without a gate), ``down_proj``.
         vocabulary: embedding and head.
         attention: the KV cache.
         rotations: by name; keys and values as in ``quantization_config``.
@@ -182,7 +185,10 @@ def inspect(directory: Path) -> Inspection:
         checkpoint=str(directory),
         provenance=config.provenance.model_dump() if config.provenance else None,
         scheme=config.scheme.name,
-        linears={name: _linear(config, name) for name in _INPUTS},
+        linears={
+            name: _linear(config, name)
+            for name in ("qkv_proj", "o_proj", shape.mlp_input, "down_proj")
+        },
         vocabulary=_vocabulary(shape, config, stored),
         attention=_attention(config),
         rotations={
@@ -215,7 +221,7 @@ def _vocabulary(
     shape: ModelShape, config: LowbitConfig, stored: Mapping[str, StoredTensor]
 ) -> VocabularyMatrix:
     suffix = "weight" if config.scheme.vocab_bits == 16 else "weight_packed"
-    embedding = stored[f"model.embed_tokens.{suffix}"].dtype
+    embedding = stored[shape.names.stored(f"model.embed_tokens.{suffix}")].dtype
     tied = shape.tie_word_embeddings
     return VocabularyMatrix(
         bits=config.scheme.vocab_bits,
@@ -237,15 +243,15 @@ def _attention(config: LowbitConfig) -> Attention:
 def _bits_per_weight(
     shape: ModelShape, stored: Mapping[str, StoredTensor], parameters: int
 ) -> BitsPerWeight:
-    roles = {role for parts in FUSED.values() for role in parts}
 
     def of_linear(name: str) -> bool:
         module, _, kind = name.rpartition(".")
-        return module.rpartition(".")[2] in roles and kind != "bias"
+        role = module.rpartition(".")[2]
+        return (role in ROLES or role in FUSED) and kind != "bias"
 
-    plain = shape.tensors()
+    plain, here = shape.tensors(), shape.names.here
     weights = sum(prod(size) for name, size in plain.items() if of_linear(name))
-    linears = sum(t.num_bytes for name, t in stored.items() if of_linear(name))
+    linears = sum(t.num_bytes for name, t in stored.items() if of_linear(here(name)))
     model = sum(tensor.num_bytes for tensor in stored.values())
     return BitsPerWeight(8 * linears / weights, 8 * model / parameters)
 

@@ -14,14 +14,6 @@ from .kernels.grid import IntGrid
 from .kernels.implementations import implementation
 from .schema import Rotation, Rotations, Scheme, Weights
 
-# Linears as vLLM fuses them, and the parts whose output rows they stack.
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "o_proj": ("o_proj",),
-    "down_proj": ("down_proj",),
-}
-
 
 def _transform(
     x: torch.Tensor, input_scale: torch.Tensor | None, order: int, stride: int

@@ -129,7 +129,9 @@ class Rotations(StrictModel):
 
     residual: Rotation | None = None
     """Of the whole residual stream. ``online`` where embedding and head share one
-    matrix: it is applied after the look-up and undone before the head."""
+    matrix: it is applied after the look-up and undone before the head. Of a model with
+    LayerNorms it is followed by the rotation in one plane that takes the image of the
+    vector of ones back to it, and always folded."""
     attn_input: Rotation | None = None
     """On the shared input of q, k and v."""
     k: Rotation | None = None

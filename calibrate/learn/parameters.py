@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from ...architecture import ModelShape
 from ..plan import Transforms
-from ..transforms import Dense, LayerTransforms, Orthogonal
+from ..rotations import Dense, Orthogonal, of_stream
+from ..transforms import LayerTransforms
 
 Tensors = dict[str, torch.Tensor]
 
@@ -17,6 +19,7 @@ class Parameters:
     """Rotations and the logarithms of scales, float64; what is absent is not learned.
 
     Attributes:
+        shape: sizes of the model.
         fixed: the transforms that are not.
         rotations: ``residual`` ``[1, hidden, hidden]`` and ``value``
             ``[layers, num_kv_heads, head_dim, head_dim]``.
@@ -25,6 +28,7 @@ class Parameters:
         learned: the names of those that are; other scales stay as they start.
     """
 
+    shape: ModelShape
     fixed: Transforms
     rotations: Tensors
     log_scales: Tensors
@@ -39,7 +43,7 @@ class Parameters:
         """Rotation of the residual stream."""
         if "residual" not in self.rotations:
             return self.fixed.residual
-        return Dense(self.rotations["residual"].to(dtype))
+        return of_stream(Dense(self.rotations["residual"].to(dtype)), self.shape)
 
     def layer(self, index: int, dtype: torch.dtype) -> LayerTransforms:
         """Transforms of one layer, with gradients where they are learned."""

@@ -11,7 +11,8 @@ from ...kernels.hadamard.signs import random_signs
 from ..equalize import up_scale, value_scale
 from ..plan import Transforms
 from ..recipe import Recipe
-from ..transforms import SignedHadamard, gain, norm_readers, scale_shapes
+from ..rotations import SignedHadamard
+from ..transforms import gain, norm_readers, scale_shapes
 from .parameters import Parameters, Tensors
 from .teacher import Teacher
 
@@ -48,7 +49,7 @@ def start(
         *rotations,
         *(log_scales if recipe.transforms.scales_are_learned else ()),
     }
-    parameters = Parameters(fixed, rotations, log_scales, frozenset(learned))
+    parameters = Parameters(shape, fixed, rotations, log_scales, frozenset(learned))
     for leaf in parameters.leaves().values():
         leaf.requires_grad_()
     return parameters
@@ -69,9 +70,10 @@ def _log_scales(
             zip(layers, teacher.powers, strict=True)
         ):
             values = value_scale(power.sums["o_input"], weights[OUT], shape)
-            ups = up_scale(power.sums["down_input"], weights[DOWN])
             logs["value_scale"][index] = values.log()
-            logs["up_scale"][index] = ups.log()
+            if "up_scale" in logs:
+                ups = up_scale(power.sums["down_input"], weights[DOWN])
+                logs["up_scale"][index] = ups.log()
     return logs
 
 

@@ -135,7 +135,7 @@ def test_everything_is_said() -> None:
         "| embedding and head | 16 bits |",
         "GPTQ: damping 0.01, blocks of\n128 columns, in their order.",
         "| residual stream | random-sign Hadamard of order 256, folded |",
-        "| queries and keys, after RoPE | Hadamard of order 64, online |",
+        "| queries and keys | Hadamard of order 64, online |",
         "| values, per head | random-sign Hadamard of order 64, folded |",
         "| input of down_proj | Hadamard of order 12 across elements 64 apart, after ",
         " apart, after scales that are powers of two, online |",
@@ -182,7 +182,7 @@ def test_equalization_and_other_matrices() -> None:
             recipe=recipe.model_copy(update={"transforms": transforms}),
         )
     )
-    assert "| between up and down, v and o | scales from weights and inputs" in text
+    assert "| between v and o, up and down | scales from weights and inputs" in text
     assert (
         "| values, per head | learned orthogonal matrix of order 64, folded |" in text
     )
@@ -197,7 +197,7 @@ def test_equalization_and_other_matrices() -> None:
             [
                 "Weights were rounded to the nearest code.",
                 (
-                    "| between norms and linears, up and down, v and o | SmoothQuant's "
+                    "| between norms and linears, v and o, up and down | SmoothQuant's "
                     "scales, alpha 0.5, folded |"
                 ),
             ],

@@ -317,9 +317,9 @@ def test_output_that_exists(tmp_path: Path) -> None:
 def test_other_architecture(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = tiny_model(tmp_path / "base", tokenizer=True)
     config = json.loads((model / "config.json").read_text())
-    config["architectures"] = ["GPT2LMHeadModel"]
+    config["architectures"] = ["GPTNeoForCausalLM"]
     (model / "config.json").write_text(json.dumps(config))
-    message = "GPT2LMHeadModel.* not supported; supported: LlamaForCausalLM"
+    message = "GPTNeoForCausalLM.* not supported; supported: LlamaForCausalLM"
     _refused(tmp_path, UnsupportedError, message, model=str(model))
 
 

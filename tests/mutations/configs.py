@@ -170,7 +170,7 @@ OTHER_MODEL: list[tuple[str, Any]] = [
 # Key, value, and the key that is named.
 ARCHITECTURES: list[tuple[str, Any, str]] = [
     ("architectures", ["MistralForCausalLM"], "model_type"),
-    ("architectures", ["GPT2LMHeadModel"], "architectures"),
+    ("architectures", ["GPT2LMHeadModel"], "model_type"),
     ("architectures", ["LlamaForCausalLM", "LlamaForCausalLM"], "architectures"),
     ("model_type", "mistral", "model_type"),
 ]

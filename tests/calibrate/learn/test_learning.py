@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_lowbit.architecture import POSITIONS
 from vllm_lowbit.calibrate.elementwise import embedding_scale, soft_capped
 from vllm_lowbit.calibrate.learn.end_to_end import learn_transforms
 from vllm_lowbit.calibrate.learn.parameters import Learned
@@ -27,8 +28,10 @@ from vllm_lowbit.calibrate.transforms import (
     fold_embedding,
     fold_head,
     fold_layer,
+    folded_norm,
     gain,
     norm_readers,
+    scale_shapes,
 )
 from vllm_lowbit.schema import Provenance
 
@@ -80,11 +83,17 @@ def _logits(
     )
     stages = DecoderStages(AutoConfig.from_pretrained(model), source.shape, served)
     embedding = source.tensor("model.embed_tokens.weight")
-    norm, head = source.tensor("model.norm.weight"), embedding
+    norm, bias, head = source.tensor("model.norm.weight"), None, embedding
+    if source.shape.architecture.layer_norm:
+        bias = source.tensor("model.norm.bias")
     if not source.shape.tie_word_embeddings:
         head = source.tensor("lm_head.weight")
     x = fold_embedding(embedding, learned.residual)[ids]
     x = x * embedding_scale(source.shape, torch.float64)
+    if source.shape.longest is not None:
+        first = source.shape.architecture.position_rows
+        positions = fold_embedding(source.tensor(POSITIONS), learned.residual)
+        x = x + positions[first:][: ids.shape[1]]
     for index in range(source.shape.num_layers):
         tensors = source.layer(index)
         weights = fold_layer(
@@ -97,10 +106,12 @@ def _logits(
         for stage in RESIDUAL_STAGES:
             x = stages.at(index).update(stage, weights, x)
     if learned.residual is None:
-        logits = stages.norm(x, norm.double()) @ head.double().t()
+        final = (norm.double(), None if bias is None else bias.double())
+        logits = stages.norm(x, *final) @ head.double().t()
     else:
-        folded = fold_head(head, gain(norm, source.shape), learned.residual)
-        logits = stages.normalized(x) @ folded.t()
+        folded = fold_head(head, gain(norm, source.shape), bias, learned.residual)
+        final = folded_norm(norm.double(), source.shape)
+        logits = stages.norm(x, *final) @ folded.t()
     return soft_capped(logits, source.shape.logits_cap)
 
 
@@ -121,7 +132,7 @@ def _check_exact(
         logits = _logits(model, recipe, learned, windows[:2])
     assert (logits - expected).norm() < 1e-6 * expected.norm()
     if transforms["scales"] == "learned":
-        for name in ("attn_scale", "mlp_scale", "value_scale", "key_scale", "up_scale"):
+        for name in scale_shapes(Source.open(str(model)).shape):
             scale = getattr(learned.layer(0), name)
             assert 0.01 < float(scale.log().abs().max()) < 6
 
@@ -141,6 +152,16 @@ def _check_exact(
         ({"architecture": "Qwen2ForCausalLM", "hidden_size": 256}, ALL),
         ({"architecture": "Qwen3ForCausalLM"}, ALL),
         ({"architecture": "Phi3ForCausalLM"}, ALL),
+        ({"architecture": "OPTForCausalLM"}, ALL),
+        (
+            {"architecture": "OPTForCausalLM", "tie_word_embeddings": True},
+            ALL | {"equalize": True},
+        ),
+        ({"architecture": "OPTForCausalLM"}, ALL | {"residual": "none"}),
+        (
+            {"architecture": "GPT2LMHeadModel", "tie_word_embeddings": True},
+            ALL | {"equalize": True},
+        ),
         (
             {
                 "architecture": "Gemma2ForCausalLM",
