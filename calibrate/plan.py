@@ -13,9 +13,9 @@ from ..architecture import (
     order_per_shard,
 )
 from ..errors import UnsupportedError
+from ..kernels.grid import IntGrid
 from ..kernels.hadamard.matrices import largest_order
 from ..kernels.hadamard.signs import random_signs
-from ..load_time import activation_grid
 from ..schema import (
     LowbitConfig,
     Provenance,
@@ -234,8 +234,11 @@ class Transforms:
 
 def online(scheme: Scheme, transforms: Transforms) -> Online:
     """What the server will do to activations."""
+    chosen = scheme.activations
     return Online(
-        activations=activation_grid(scheme),
+        activations=None
+        if chosen.bits == 16
+        else IntGrid(chosen.bits, chosen.symmetric, clip_ratio=chosen.clip_ratio),
         kv4=scheme.kv_cache.bits == 4,
         key=transforms.key,
         down=transforms.down,

@@ -14,18 +14,12 @@ from typing import Any
 from .architecture import ModelShape, check_scheme
 from .errors import CheckpointError
 from .kernels.kv4_store.layout import bytes_per_token
-from .load_time import FUSED
+from .load_time import FUSED, INPUTS
 from .lowbit_checkpoint import read_config
 from .manifest import StoredTensor, require_headers
 from .schema import LowbitConfig, Rotation
 
 BF16_BYTES = 2
-_INPUTS = {
-    "qkv_proj": "attn_input",
-    "o_proj": "o_input",
-    "gate_up_proj": "mlp_input",
-    "down_proj": "down_input",
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,8 @@ class Linear:
         group_size: inputs that share a scale; None is one scale per output channel.
         activation_bits: of the input's codes, 16 where it is not quantized.
         activation_symmetric: False where the input has a zero point per token.
-        activation_clip_ratio: fraction of a token's range that is kept.
+        activation_clip_ratio: fraction of a token's range that is kept; a list of one
+            for every layer where they have their own.
         online_rotation: name of the rotation the server applies to the input, or None.
     """
 
@@ -47,7 +42,7 @@ class Linear:
     group_size: int | None
     activation_bits: int
     activation_symmetric: bool
-    activation_clip_ratio: float
+    activation_clip_ratio: float | tuple[float, ...]
     online_rotation: str | None
 
 
@@ -182,7 +177,7 @@ def inspect(directory: Path) -> Inspection:
         checkpoint=str(directory),
         provenance=config.provenance.model_dump() if config.provenance else None,
         scheme=config.scheme.name,
-        linears={name: _linear(config, name) for name in _INPUTS},
+        linears={name: _linear(config, name) for name in INPUTS},
         vocabulary=_vocabulary(shape, config, stored),
         attention=_attention(config),
         rotations={
@@ -199,14 +194,15 @@ def inspect(directory: Path) -> Inspection:
 
 
 def _linear(config: LowbitConfig, name: str) -> Linear:
-    scheme, rotation = config.scheme, _INPUTS[name]
+    scheme, rotation = config.scheme, INPUTS[name]
+    kept = scheme.activations.kept(rotation)
     return Linear(
         weight_bits=scheme.weights.bits,
         weight_symmetric=scheme.weights.symmetric,
         group_size=scheme.weights.group_size,
         activation_bits=scheme.activations.bits,
         activation_symmetric=scheme.activations.symmetric,
-        activation_clip_ratio=scheme.activations.clip_ratio,
+        activation_clip_ratio=kept if scheme.activations.clip_ratios else kept[0],
         online_rotation=rotation if getattr(config.rotations, rotation) else None,
     )
 
