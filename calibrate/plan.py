@@ -66,6 +66,8 @@ def _refuse_for_experts(recipe: Recipe, model: str) -> None:
     asked = {
         "transforms.smooth": recipe.transforms.smooth is not None,
         "weights.method omniquant": recipe.weights.method == "omniquant",
+        f"activations.clip {recipe.activations.clip}": recipe.activations.clip
+        != "fixed",
         "a learned transform": recipe.learns,
         f"refine.scope {recipe.refine.scope}": recipe.refine.scope != "none",
     }
@@ -233,7 +235,7 @@ class Transforms:
 
 
 def online(scheme: Scheme, transforms: Transforms) -> Online:
-    """What the server will do to activations."""
+    """What the server will do to activations, but for clip ratios yet to be found."""
     chosen = scheme.activations
     return Online(
         activations=None
