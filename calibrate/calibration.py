@@ -20,6 +20,7 @@ from ..load_time import check_finite
 from ..lowbit_checkpoint import expected_tensors
 from ..schema import LowbitConfig
 from .block import Block, through
+from .clips import with_ratios
 from .equalize import InputPower, up_scale, value_scale
 from .estimate import CHUNK_TOKENS, Estimate, Estimator, Speed
 from .layer import LayerModels, QuantizedLayer, StageQuantizer, Streams, layer_errors
@@ -92,6 +93,7 @@ class Calibration:
             plain=DecoderStages(hf_config, self.shape, rotated, device),
             scratch=scratch,
         )
+        self.clip_ratios = served.clip_ratios
         self.progress = progress
         self.chunk = max(1, CHUNK_TOKENS // windows.shape[1])
         self.per_layer = sum(map(len, self.plain.stages.values()))
@@ -101,9 +103,15 @@ class Calibration:
         self.record = CalibrationRecord()
         samples, scheme = recipe.data.samples, config.scheme
         self.quantizer = StageQuantizer(
-            self.models, scheme, recipe.rounding, samples, self.chunk
+            self.models,
+            scheme,
+            recipe.rounding,
+            samples,
+            self.chunk,
+            searches_clips=recipe.clip == "searched",
         )
-        options = OmniQuantOptions.of(recipe.omniquant, scheme, recipe.seed)
+        clip = recipe.activations.clip_ratio if recipe.clip == "learned" else None
+        options = OmniQuantOptions.of(recipe.omniquant, scheme, recipe.seed, clip)
         learns_scales = recipe.weights.method == "omniquant" and options.let
         self.alpha = options.alpha if learns_scales else recipe.transforms.smooth
         self.omniquant = OmniQuant(
@@ -132,8 +140,16 @@ class Calibration:
             snapshot,
             self.progress,
         )
+        for index, ratios in enumerate(self.transforms.clip_ratios):
+            self.clip_ratios[index].update(ratios)
         for step, loss in curve:
             self.record.point("learn", step, loss)
+
+    def served_config(self) -> LowbitConfig:
+        """What is served, once it has run: the config with the clip ratios found."""
+        return with_ratios(
+            self.config, {i: r for i, r in self.clip_ratios.items() if r}
+        )
 
     def check_resources(self, announce: Announce) -> None:
         """Say what the run will take.

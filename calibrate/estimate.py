@@ -274,6 +274,9 @@ class Estimator:
         shape = self.shape
         kept = _KEPT_HIDDEN * shape.hidden_size
         kept += _KEPT_INTERMEDIATE * shape.intermediate_size + self._scores()
+        if self.recipe.clip == "learned":
+            # How each element of an input moves with its ratio.
+            kept += sum(self.columns)
         return tokens * kept * _FLOAT
 
     def _chunk(self) -> int:

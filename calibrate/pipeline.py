@@ -91,6 +91,7 @@ def calibrate(
         losses = run.run(writer)
         tokens, untouched = held_out * (seq_len - 1), run.untouched_experts
         replaced = residual_is_replaced(recipe, config)
+        config = run.served_config()
         report = Report(config, *losses, tokens, untouched, replaced)
         writer.write_text(CALIBRATION, run.record.text())
         publish(writer, source, recipe, text, report)

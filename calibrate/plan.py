@@ -7,9 +7,9 @@ import torch
 
 from ..architecture import ModelShape
 from ..errors import ConfigError, UnsupportedError
+from ..kernels.grid import IntGrid
 from ..kernels.hadamard.matrices import largest_order
 from ..kernels.hadamard.signs import random_signs
-from ..load_time import activation_grid
 from ..placement import MIN_BLOCK, PARALLEL_SIZES, check_scheme, order_per_shard
 from ..schema import (
     LowbitConfig,
@@ -90,6 +90,8 @@ def _refuse_for_experts(recipe: Recipe, model: str) -> None:
     asked = {
         "transforms.smooth": recipe.transforms.smooth is not None,
         "weights.method omniquant": recipe.weights.method == "omniquant",
+        f"activations.clip {recipe.activations.clip}": recipe.activations.clip
+        != "fixed",
         "a learned transform": recipe.learns,
         f"refine.scope {recipe.refine.scope}": recipe.refine.scope != "none",
     }
@@ -257,9 +259,12 @@ class Transforms:
 
 
 def online(scheme: Scheme, transforms: Transforms) -> Online:
-    """What the server will do to activations."""
+    """What the server will do to activations, but for clip ratios yet to be found."""
+    chosen = scheme.activations
     return Online(
-        activations=activation_grid(scheme),
+        activations=None
+        if chosen.bits == 16
+        else IntGrid(chosen.bits, chosen.symmetric, clip_ratio=chosen.clip_ratio),
         kv4=scheme.kv_cache.bits == 4,
         key=transforms.key,
         down=transforms.down,

@@ -298,7 +298,7 @@ class WeightReader:
             bias=bias,
             order=1 if online is None else online.order,
             stride=1 if online is None else online.stride,
-            activations=activation_grid(self._config.scheme),
+            activations=activation_grid(self._config.scheme, f"{block}.{name}"),
             dtype=self._dtype,
         )
 

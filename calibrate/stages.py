@@ -7,8 +7,9 @@ bit-exact mirror of the server.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
@@ -61,6 +62,8 @@ class Online:
         down: rotation of down_proj's input.
         attn_input: rotation of the input of q, k and v.
         mlp_input: rotation of the input of gate and up.
+        clip_ratios: by layer and stage, in place of the grid's; filled in while layers
+            are quantized.
     """
 
     activations: IntGrid | None = None
@@ -69,6 +72,9 @@ class Online:
     down: Orthogonal | None = None
     attn_input: Orthogonal | None = None
     mlp_input: Orthogonal | None = None
+    clip_ratios: defaultdict[int, dict[str, float]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
 
 
 class DecoderStages:
@@ -98,11 +104,20 @@ class DecoderStages:
         if not shape.positions:
             self.rotary = RotaryEmbedding(config, shape).to(device)
         self.layer, self.window = 0, shape.window_of(0)
+        self.clip_ratios: Mapping[str, float | torch.Tensor]
+        self.clip_ratios = self.online.clip_ratios[0]
 
     def at(self, layer: int) -> "DecoderStages":
         """The pieces of another layer, by its index."""
         other = copy.copy(self)
         other.layer, other.window = layer, self.shape.window_of(layer)
+        other.clip_ratios = self.online.clip_ratios[layer]
+        return other
+
+    def clipped(self, ratios: Mapping[str, torch.Tensor]) -> "DecoderStages":
+        """The same with clip ratios of this layer that carry gradients, by stage."""
+        other = copy.copy(self)
+        other.clip_ratios = ratios
         return other
 
     def input_of(
@@ -148,7 +163,7 @@ class DecoderStages:
         self, stage: str, weights: Mapping[str, torch.Tensor], h: torch.Tensor
     ) -> list[torch.Tensor]:
         """Outputs of a stage's linears for their unquantized input h."""
-        return self._linears(self.stages[stage], weights, h)
+        return self._linears(stage, self.stages[stage], weights, h)
 
     def sent(
         self, expert: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor
@@ -222,15 +237,20 @@ class DecoderStages:
         variance = x.square().mean(dim=-1, keepdim=True)
         return x * torch.rsqrt(variance + self.eps)
 
-    def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """x on the activation grid, per token."""
+    def quantized(self, stage: str, x: torch.Tensor) -> torch.Tensor:
+        """The input x of a stage on the activation grid, per token."""
         grid = self.online.activations
-        return x if grid is None else fake_quantize(x, grid)
+        ratio = self.clip_ratios.get(stage.rpartition(".")[2])
+        return x if grid is None else fake_quantize(x, grid, ratio)
 
     def _linears(
-        self, names: Sequence[str], weights: Mapping[str, torch.Tensor], h: torch.Tensor
+        self,
+        stage: str,
+        names: Sequence[str],
+        weights: Mapping[str, torch.Tensor],
+        h: torch.Tensor,
     ) -> list[torch.Tensor]:
-        h = self.quantized(h)
+        h = self.quantized(stage, h)
         return [
             functional.linear(h, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
             for name in names
@@ -241,7 +261,7 @@ class DecoderStages:
     ) -> torch.Tensor:
         """Input of down, from that of gate and up, or of up alone."""
         names = [f"{mlp}.{part}" for part in self.shape.mlp_readers]
-        first, *up = self._linears(names, weights, h)
+        first, *up = self._linears("mlp_input", names, weights, h)
         out = activated(first, self.shape)
         return rotated(out * up[0] if up else out, self.online.down)
 
@@ -279,7 +299,8 @@ class DecoderStages:
             h = self._gated(expert, weights, h)
             if observe is not None:
                 observe(f"{expert}.down_input", h)
-            out = self._linears((f"{expert}.down_proj",), weights, h)[0]
+            names = (f"{expert}.down_proj",)
+            out = self._linears("down_input", names, weights, h)[0]
             weight = (of_choice * hit).sum(dim=-1, keepdim=True)
             total[sent] += out * weight[sent]
         return total

@@ -17,7 +17,7 @@ from vllm_lowbit.architecture import (
 from vllm_lowbit.errors import UnsupportedError
 from vllm_lowbit.kernels.hadamard.matrices import exists
 from vllm_lowbit.placement import MIN_BLOCK, check_scheme, flag_only_rotations
-from vllm_lowbit.schema import DEFAULT_SCHEME, Rotation, scheme_from_name
+from vllm_lowbit.schema import DEFAULT_SCHEME, ClipRatios, Rotation, scheme_from_name
 from vllm_lowbit.supported_models import ARCHITECTURES
 
 W4A4KV4 = scheme_from_name(DEFAULT_SCHEME)
@@ -597,6 +597,23 @@ def test_size_without_a_block(key: str, size: int, order: int) -> None:
 def test_head_dim_without_a_hadamard_matrix() -> None:
     with pytest.raises(UnsupportedError, match="head_dim 66 has no Hadamard matrix"):
         check_scheme(shape(256, 768, 4, head_dim=66), W4A4KV4, "config.json")
+
+
+def test_clip_ratios_are_of_the_layers_there_are() -> None:
+    read = shape(256, 768, 4)
+    for name in ClipRatios.model_fields:
+        ratios = dict.fromkeys(ClipRatios.model_fields, [0.9] * read.num_layers)
+        right = W4A4KV4.with_clip_ratios(ClipRatios.model_validate(ratios))
+        check_scheme(read, right, "config.json")
+        ratios[name] = [0.9] * (read.num_layers + 1)
+        wrong = W4A4KV4.with_clip_ratios(ClipRatios.model_validate(ratios))
+        with pytest.raises(UnsupportedError) as error:
+            check_scheme(read, wrong, "config.json")
+        assert str(error.value) == (
+            f"config.json: scheme.activations.clip_ratios.{name} has "
+            f"{read.num_layers + 1} values; supported: one for each of the "
+            f"{read.num_layers} layers"
+        )
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,39 @@ class TestJson:
             "value_rotation": "folded",
         }
 
+    def test_clip_ratios(self, out: Path) -> None:
+        """Of every layer, in order; least and most in words."""
+        ratios = {
+            "attn_input": [0.9, 0.95],
+            "o_input": [1.0, 1.0],
+            "mlp_input": [0.8125, 0.75],
+            "down_input": [0.5, 1.0],
+        }
+
+        def change(data: Any) -> None:
+            activations = data["quantization_config"]["scheme"]["activations"]
+            activations["clip_ratios"] = ratios
+
+        edit_config(out, change)
+        linears = read(out, "--verify")["linears"]
+        found = [linear["activation_clip_ratio"] for linear in linears.values()]
+        places = ("attn_input", "o_input", "mlp_input", "down_input")
+        assert found == [ratios[place] for place in places]
+        words = " ".join(run(out)[0].replace("│", " ").split())
+        assert "clipped to" in words and "0.75 to" in words
+
+        ratios["o_input"] = [1.0]
+        edit_config(out, change)
+        _, stderr = run(out, code=1)
+        assert "config.json: scheme.activations.clip_ratios.o_input has 1 val" in stderr
+        ratios["o_input"] = [1.0, 1.01]
+        edit_config(out, change)
+        _, stderr = run(out, code=1)
+        assert (
+            "clip_ratios.o_input.1: Input should be less than or equal to 1" in stderr
+        )
+        assert "got 1.01" in stderr
+
     def test_rotations_are_those_of_the_config(self, sound: Path) -> None:
         config = json.loads((sound / "config.json").read_text())
         rotations = config["quantization_config"]["rotations"]

@@ -16,18 +16,11 @@ from .errors import CheckpointError
 from .kernels.kv4_store.layout import bytes_per_token
 from .lowbit_checkpoint import read_config
 from .manifest import StoredTensor, require_headers
-from .module_names import FUSED, ROLES
+from .module_names import FUSED, INPUTS, ROLES
 from .placement import check_scheme
 from .schema import LowbitConfig, Rotation
 
 BF16_BYTES = 2
-_INPUTS = {
-    "qkv_proj": "attn_input",
-    "o_proj": "o_input",
-    "gate_up_proj": "mlp_input",
-    "up_proj": "mlp_input",
-    "down_proj": "down_input",
-}
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,8 @@ class Linear:
         group_size: inputs that share a scale; None is one scale per output channel.
         activation_bits: of the input's codes, 16 where it is not quantized.
         activation_symmetric: False where the input has a zero point per token.
-        activation_clip_ratio: fraction of a token's range that is kept.
+        activation_clip_ratio: fraction of a token's range that is kept; a list of one
+            for every layer where they have their own.
         online_rotation: name of the rotation the server applies to the input, or None.
     """
 
@@ -49,7 +43,7 @@ class Linear:
     group_size: int | None
     activation_bits: int
     activation_symmetric: bool
-    activation_clip_ratio: float
+    activation_clip_ratio: float | tuple[float, ...]
     online_rotation: str | None
 
 
@@ -205,14 +199,15 @@ def inspect(directory: Path) -> Inspection:
 
 
 def _linear(config: LowbitConfig, name: str) -> Linear:
-    scheme, rotation = config.scheme, _INPUTS[name]
+    scheme, rotation = config.scheme, INPUTS[name]
+    kept = scheme.activations.kept(rotation)
     return Linear(
         weight_bits=scheme.weights.bits,
         weight_symmetric=scheme.weights.symmetric,
         group_size=scheme.weights.group_size,
         activation_bits=scheme.activations.bits,
         activation_symmetric=scheme.activations.symmetric,
-        activation_clip_ratio=scheme.activations.clip_ratio,
+        activation_clip_ratio=kept if scheme.activations.clip_ratios else kept[0],
         online_rotation=rotation if getattr(config.rotations, rotation) else None,
     )
 

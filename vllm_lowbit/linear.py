@@ -43,7 +43,7 @@ class LinearRole:
         self.parts = [rotations_of(config.rotations, part) for part in FUSED[self.role]]
         self.input_rotation: Rotation | None = self.parts[0].online_input
         self.grid = IntGrid(self.scheme.weights.bits, self.scheme.weights.symmetric)
-        self.activation_grid = activation_grid(self.scheme)
+        self.activation_grid = activation_grid(self.scheme, f"{self.block}.{self.role}")
         self.weight_only = self.activation_grid is None
         self.backend = ""
 

@@ -14,6 +14,14 @@ FUSED = {
     "o_proj": ("o_proj",),
     "down_proj": ("down_proj",),
 }
+# What each of them reads, as rotations and clip ratios are named.
+INPUTS = {
+    "qkv_proj": "attn_input",
+    "gate_up_proj": "mlp_input",
+    "up_proj": "mlp_input",
+    "o_proj": "o_input",
+    "down_proj": "down_input",
+}
 # Every part, once.
 ROLES = tuple(dict.fromkeys(part for parts in FUSED.values() for part in parts))
 

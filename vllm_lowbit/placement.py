@@ -43,6 +43,12 @@ def check_scheme(shape: ModelShape, scheme: Scheme, source: str) -> None:
             raise UnsupportedError(
                 f"{source}: group_size {group_size} does not divide {name} {size}"
             )
+    for name, ratios in scheme.activations.clip_ratios or ():
+        if len(ratios) != shape.num_layers:
+            raise UnsupportedError(
+                f"{source}: scheme.activations.clip_ratios.{name} has {len(ratios)} "
+                f"values; supported: one for each of the {shape.num_layers} layers"
+            )
 
 
 def flag_only_rotations(shape: ModelShape, scheme: Scheme, source: str) -> Rotations:

@@ -96,7 +96,9 @@ class LearningModel:
                 if weight.dim() == 2:
                     key = f"clip_ratio.{index}.{name}"
                     weights[name] = self._fake_quantized(key, weight, *self.weights)
-        stages = self.stages.at(index)
+        stages, ratios = self.stages.at(index), parameters.clip_ratios(index)
+        if ratios:
+            stages = stages.clipped(ratios)
         for stage in RESIDUAL_STAGES:
             x = stages.update(stage, weights, x)
         return x

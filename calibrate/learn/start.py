@@ -12,8 +12,9 @@ from ..equalize import up_scale, value_scale
 from ..plan import Transforms
 from ..recipe import Recipe
 from ..rotations import SignedHadamard
+from ..stages import stages_of
 from ..transforms import gain, norm_readers, scale_shapes
-from .parameters import Parameters, Tensors
+from .parameters import CLIP, Parameters, Tensors
 from .teacher import Teacher
 
 OUT, DOWN = "self_attn.o_proj.weight", "mlp.down_proj.weight"
@@ -45,11 +46,20 @@ def start(
     device = teacher.states.device
     rotations = {name: t.to(device) for name, t in rotations.items()}
     log_scales = {name: t.to(device) for name, t in log_scales.items()}
+    clips: Tensors = {}
+    if recipe.clip == "learned":
+        ratio = recipe.activations.clip_ratio
+        for stage in stages_of(shape):
+            raw = torch.full((shape.num_layers,), ratio, dtype=torch.float64)
+            clips[CLIP + stage] = raw.to(device)
     learned = {
         *rotations,
         *(log_scales if recipe.transforms.scales_are_learned else ()),
+        *clips,
     }
-    parameters = Parameters(shape, fixed, rotations, log_scales, frozenset(learned))
+    parameters = Parameters(
+        shape, fixed, rotations, log_scales, frozenset(learned), clips
+    )
     for leaf in parameters.leaves().values():
         leaf.requires_grad_()
     return parameters

@@ -138,9 +138,25 @@ class TestCells:
     def test_ablations_are_of_recipes_that_exist(self, methods: Any) -> None:
         """And each differs from what it is an ablation of, and from the others."""
         module = methods("cells")
-        cells = module.select("ref-7m/w4a4kv4/ostquant*/0")
-        hashes = [cell.resolve().sha256() for cell in cells]
-        assert len(set(hashes)) == len(hashes) == 1 + len(module.ABLATIONS)
+        for recipe, parts in module.ABLATIONS.items():
+            cells = module.select(f"ref-7m/w4a4kv4/{recipe}/0")
+            cells += module.select(f"ref-7m/w4a4kv4/{recipe},*/0")
+            hashes = [cell.resolve().sha256() for cell in cells]
+            assert len(set(hashes)) == len(hashes) == 1 + len(parts)
+
+    def test_clips(self, methods: Any) -> None:
+        module = methods("cells")
+        parts = ("inputs not clipped", "input clips learned")
+        grids = [
+            module.select(f"ref-7m/w4a4kv4/lowbit-best, {part}/0")[0]
+            .resolve()
+            .activations
+            for part in parts
+        ]
+        assert [(grid.clip, grid.clip_ratio) for grid in grids] == [
+            ("fixed", 1.0),
+            ("learned", 0.9),
+        ]
 
     def test_fingerprint(self, methods: Any) -> None:
         """Follows recipe, seed and what is shared; nothing else."""

@@ -25,7 +25,14 @@ from vllm_lowbit.calibrate.card import (
 )
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
 from vllm_lowbit.calibrate.recipe_sections import Refine
-from vllm_lowbit.schema import LowbitConfig, Rotation, Rotations, scheme_from_name
+from vllm_lowbit.schema import (
+    ClipRatios,
+    LowbitConfig,
+    Rotation,
+    Rotations,
+    Scheme,
+    scheme_from_name,
+)
 
 MODELS = Path(__file__).parents[2] / "models"
 HADAMARD = Rotation(apply="folded", order=64, block=64, sign_seed=3)
@@ -232,6 +239,25 @@ def test_clipped_inputs_are_named() -> None:
     config = CARD.config.model_copy(update={"scheme": scheme})
     text = render_card(replace(CARD, config=config))
     assert "one scale per token, clipped to 0.9 of its range" in text
+    assert "clip_ratios" not in text
+
+
+@pytest.mark.parametrize(
+    ("clip", "line"),
+    [
+        ("learned", "How much of its range each input keeps was learned;"),
+        ("searched", "each input keeps was searched for, for least squared error of"),
+    ],
+)
+def test_clip_ratios_are_named(clip: str, line: str) -> None:
+    ratios = {stage: [0.9, 0.8125] for stage in ClipRatios.model_fields}
+    activations = {"bits": 4, "clip_ratios": ratios}
+    scheme = CARD.config.scheme.model_dump() | {"activations": activations}
+    recipe = Recipe.model_validate({"activations": {"clip": clip}})
+    config = CARD.config.model_copy(update={"scheme": Scheme.model_validate(scheme)})
+    text = render_card(replace(CARD, config=config, recipe=recipe))
+    assert "token, clipped to 0.8125 to 0.9 of its range, by layer |" in text
+    assert line in text
 
 
 def test_scales_of_omniquant_are_not_learned_for_weights_alone_unless_asked() -> None:

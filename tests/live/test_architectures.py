@@ -53,10 +53,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-# Every transform, the scales of queries and keys among them.
+# Every transform, the scales of queries and keys among them, and a clip ratio for every
+# input.
 LEARNED: dict[str, Any] = {
     "transforms": {"value": "learned", "scales": "learned"},
-    "learn": {"steps": 3, "tokens_per_step": 64, "scale_lr": 0.1},
+    "learn": {"steps": 3, "tokens_per_step": 64, "scale_lr": 0.1, "clip_lr": 0.05},
+    "activations": {"clip": "learned", "clip_ratio": 0.85},
     "weights": {"method": "gptq"},
     "data": {"samples": 8, "seq_len": 64},
 }
@@ -149,7 +151,10 @@ def test_calibrated(
     config = json.loads((plain / "config.json").read_text())
     recipe = FIXED if "num_experts_per_tok" in config else LEARNED
     calibrate(str(plain), out, Recipe.model_validate(recipe), default_text(), "cpu")
-    check(served_checkpoint(out), out, quantization=None)
+    reference = served_checkpoint(out)
+    ratios = reference.config.scheme.activations.kept()
+    assert len(set(ratios)) > 2 or recipe is FIXED
+    check(reference, out, quantization=None)
 
 
 @pytest.mark.parametrize("plain", ["mistral", "gemma2"], indirect=True)

@@ -41,14 +41,20 @@ PROVENANCE = Provenance(base_model="x", recipe="x", recipe_sha256="0" * 64)
 
 
 def _recipe(
-    transforms: dict[str, Any], steps: int, scheme: str = "w4a4kv4", **learn: Any
+    transforms: dict[str, Any],
+    steps: int,
+    scheme: str = "w4a4kv4",
+    clips: float | None = None,
+    **learn: Any,
 ) -> Recipe:
+    activations = {} if clips is None else {"clip": "learned", "clip_ratio": clips}
     return Recipe.model_validate(
         {
             "scheme": scheme,
             "transforms": transforms,
             "learn": {"steps": steps, "tokens_per_step": 64} | learn,
             "weights": {"method": "rtn"},
+            "activations": activations,
             "data": {"samples": 8, "seq_len": 32},
         }
     )
@@ -240,6 +246,19 @@ def test_learning_lowers_the_loss(
     _, curve = _learn(model, recipe, windows, tmp_path)
     losses = [loss for _, loss in curve]
     assert fmean(losses[8:]) < share * losses[0]
+
+
+def test_clip_ratios_learn_alone(tmp_path: Path) -> None:
+    """From far too small ones they grow, and the loss falls."""
+    model = MODELS / "ref-7m"
+    windows = calibration_windows(str(model), default_text(), 4, 64, seed=0)
+    recipe = _recipe({}, 16, clips=0.6, clip_lr=0.02, tokens_per_step=windows.numel())
+    learned, curve = _learn(model, recipe, windows, tmp_path)
+    losses = [loss for _, loss in curve]
+    assert fmean(losses[8:]) < 0.7 * losses[0]
+    ratios = [ratio for layer in learned.clip_ratios for ratio in layer.values()]
+    assert len(ratios) == 6 * 4
+    assert min(ratios) > 0.6 and fmean(ratios) > 0.7
 
 
 def test_windows_come_in_turn() -> None:
