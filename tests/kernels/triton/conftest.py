@@ -5,10 +5,13 @@ Triton decides at its import whether kernels are interpreted, so these files are
 collected where TRITON_INTERPRET=1 is set: ``tests/kernels/test_triton.py`` starts them.
 """
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
@@ -28,3 +31,34 @@ def many_processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(path, lambda device: 1 << 20)
 
     return widen
+
+
+@pytest.fixture
+def gpu_ops() -> Iterator[None]:
+    """``torch.ops.lowbit`` runs on a CPU what is registered for CUDA."""
+    from vllm_lowbit.kernels import ops
+
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    with torch.library._scoped_library(ops.LIBRARY.ns, "IMPL") as library:
+        for name in torch._C._dispatch_get_all_op_names():
+            if name.startswith(f"{ops.LIBRARY.ns}::") and has(name, "CUDA"):
+                kernel = torch.library.get_kernel(name, "CUDA")
+                call = functools.partial(kernel.call_boxed, cpu)
+                library.impl(name.partition("::")[2], call, "CPU")
+        yield
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record launches in place of running them: name, grid and what is no tensor."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    found: list[Any] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        values = [a for a in args if not isinstance(a, torch.Tensor)]
+        found.append((self.fn.__name__, grid, values, options))
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    return found
