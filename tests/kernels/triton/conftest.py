@@ -34,6 +34,21 @@ def many_processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``cut(n)``: batches of up to n tokens have their contexts cut into programs.
+
+    Splits are merged a few at a time, which costs the interpreter less.
+    """
+    from vllm_lowbit.kernels.kv4_attention import triton
+
+    def choose(rows: int) -> None:
+        monkeypatch.setattr(triton, "split_rows", lambda kv_heads, device: rows)
+        monkeypatch.setattr(triton, "MERGE_AHEAD", 2)
+
+    return choose
+
+
+@pytest.fixture
 def gpu_ops() -> Iterator[None]:
     """``torch.ops.lowbit`` runs on a CPU what is registered for CUDA."""
     from vllm_lowbit.kernels import ops
