@@ -12,9 +12,42 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+
+# Methods that copy what a tensor holds to the host.
+_TO_THE_HOST = {"item", "tolist", "cpu", "numpy", "__array__", "__bool__", "__int__"}
+_TO_THE_HOST |= {"__float__", "__index__", "__contains__"}
+_HOST_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class _Watch(TorchDispatchMode):
+    """Refuses operators whose result, or its size, the host has to wait for."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        waits = bool(_HOST_TAGS & set(func.tags))
+        if func is torch.ops.aten.index.Tensor:
+            waits = any(i is not None and i.dtype == torch.bool for i in args[1])
+        if waits:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class _OnDevice(torch.Tensor):
+    """Values that the host must not see; what is computed from them is one too."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ in _TO_THE_HOST:
+            raise AssertionError(f"{func.__name__} waits for the device")
+        with _Watch():
+            return super().__torch_function__(func, types, args, kwargs or {})
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +110,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(InterpretedFunction, "run", run)
     return found
+
+
+@pytest.fixture
+def on_device() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Gives a tensor whose values the host cannot read without an AssertionError."""
+    return lambda x: x.as_subclass(_OnDevice)

@@ -157,3 +157,27 @@ def test_a_replayed_graph_sees_new_lengths(layer: Any, builder: Any) -> None:
     arguments = layer, query, query, query, cache, again, torch.empty(2, 4, 64)
     assert torch.equal(layer.impl.forward(*arguments), replayed)
     assert not torch.equal(short, replayed)
+
+
+def test_no_step_waits_for_the_device(
+    layer: Any,
+    builder: Any,
+    on_device: Callable[[torch.Tensor], torch.Tensor],
+    launches: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Launches are those of the numbers that the host has: of tokens and sequences."""
+    out = triton.kv4_attention_out
+    monkeypatch.setattr(torch.ops.lowbit, "kv4_attention_out", out)
+    found = []
+    for seq_lens in ([300, 300, 280], [1, 20, 30]):
+        common = step([1, 1, 20], seq_lens, 22)
+        for name in ("query_start_loc", "seq_lens", "block_table_tensor"):
+            setattr(common, name, on_device(getattr(common, name)))
+        metadata = builder.build(0, common)
+        query, cache = torch.randn(22, 4, 64), torch.zeros(4, 2, BLOCK_SIZE, 72).byte()
+        given = [on_device(t) for t in (query, query, query, cache)]
+        layer.impl.forward(layer, *given, metadata, on_device(torch.empty(22, 4, 64)))
+        found.append(list(launches))
+        launches.clear()
+    assert found[0] == found[1] and len(found[0]) >= 4
