@@ -82,18 +82,20 @@ def step(query_lens: list[int], seq_lens: list[int], padded: int) -> Any:
     [
         ([1, 1, 5, 20], [40, 300, 30, 280], 27, {}),
         ([1, 1, 1], [3, 270, 64], 3, {"sliding_window": 50}),
+        ([4, 4, 2, 9], [40, 270, 60, 9], 19, {"drafts": 3}),
         ([20, 2], [20, 280], 22, {"logits_soft_cap": 5.0, "rotate": False}),
         ([1, 1, 0, 0], [300, 9, 0, 0], 4, {"sinks": torch.tensor([1.0, -2, 0, 3])}),
     ],
-    ids=["both", "decodes", "prefills", "padding"],
+    ids=["both", "decodes", "drafts", "prefills", "padding"],
 )
 def test_a_step(
     query_lens: list[int],
     seq_lens: list[int],
     padded: int,
     options: dict[str, Any],
+    config: Any,
     layer: Any,
-    builder: Any,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Earlier tokens, this step's, and attention over both, against the reference.
 
@@ -102,8 +104,16 @@ def test_a_step(
     """
     impl, tokens = layer.impl, sum(query_lens)
     for name, option in options.items():
-        setattr(impl, name, option)
+        if name == "drafts":
+            config.speculative_config = SimpleNamespace(
+                num_speculative_tokens=option, parallel_drafting=False
+            )
+        else:
+            setattr(impl, name, option)
+    builder = request.getfixturevalue("builder")
     metadata = builder.build(0, step(query_lens, seq_lens, padded))
+    most = 1 + options.get("drafts", 0)
+    assert metadata.num_decodes == sum(count <= most for count in query_lens)
     assert builder.workspace.isnan().all()
     cache = torch.full((4 * PAGES, 2, BLOCK_SIZE, 72), 255, dtype=torch.uint8)
     new: list[torch.Tensor] = []
