@@ -12,7 +12,7 @@ from vllm_lowbit.kernels.hadamard_quantize import reference, triton
 from vllm_lowbit.kernels.hadamard_quantize.triton import TRANSFORM_ERROR
 
 CPU = torch.device("cpu")
-GRIDS = [(4, True), (4, False), (6, True), (8, True), (8, False)]
+GRIDS = [(bits, symmetric) for bits in (4, 6, 8) for symmetric in (True, False)]
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -68,7 +68,7 @@ def run(
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
-@pytest.mark.parametrize("n", [1, 7, 200, 2048, 5000])
+@pytest.mark.parametrize("n", [1, 200, 2048, 5000])
 def test_without_transform_every_bit_is_equal(
     bits: int, symmetric: bool, n: int, dtype: torch.dtype, assert_same_bits: object
 ) -> None:
@@ -198,7 +198,7 @@ def test_degenerate_rows(
 
 def test_rows_apart_in_memory() -> None:
     wide = activations(6, 1024)
-    for x in (wide[:, 256:768], wide[::2, :512], wide.t()[:512, :6]):
+    for x in (wide[:, 256:768], wide[::2, :512], wide.t()[:24, :6]):
         run(x, None, x.shape[1] if x.shape[1] > 6 else 1, 1, 4, True)
 
 
