@@ -203,6 +203,27 @@ class TestHere:
 
 
 class TestCluster:
+    def test_jobs_that_fail_where_they_run(self) -> None:
+        """An error of the work, and nodes that die with it: the others go on."""
+        pytest.importorskip("ray", reason="extra `ray`")
+
+        def work(job: str, cores: list[int], running: Processes) -> str:
+            if job == "raises":
+                raise OSError("the disk is full")
+            if job == "dies":
+                os._exit(1)
+            return f"done {job}"
+
+        kept: dict[str, str] = {}
+        keep = lambda job, result: kept.update({job: result})
+        lost = lambda job, reason: f"lost: {reason}"
+        jobs = ["raises", "dies", "well"]
+        assert run_on_cluster(jobs, work, "local", keep, lost) == 0
+        assert kept["well"] == "done well"
+        assert kept["raises"] == "lost: OSError: the disk is full"
+        assert kept["dies"].startswith("lost: ") and "die" in kept["dies"]
+        assert "\n" not in kept["dies"]
+
     def test_no_cluster(self) -> None:
         pytest.importorskip("ray", reason="extra `ray`")
         keep = lambda job, result: None
