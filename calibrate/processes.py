@@ -117,7 +117,9 @@ class Processes:
         try:
             if late:
                 _signal(process, signal.SIGINT)
-            return process.wait(timeout)
+            # With a limit it polls: Ray interrupts without a signal, which would not
+            # end one system call that waits.
+            return process.wait(float("inf") if timeout is None else timeout)
         except subprocess.TimeoutExpired:
             return None
         except BaseException:

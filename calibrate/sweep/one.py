@@ -177,6 +177,9 @@ def main() -> None:
     except LowbitError as error:
         print(f"error: {error}", flush=True)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        raise SystemExit(130) from None
     arguments.output.write_text(json.dumps(result))
 
 

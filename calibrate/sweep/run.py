@@ -73,9 +73,6 @@ class Sweep:
         where: on what it is spread.
         keep_checkpoints: whether they stay after they were measured.
         say: called with a line after each run.
-
-    Raises:
-        ConfigError: when the directory holds something else.
     """
 
     def __init__(
@@ -88,9 +85,7 @@ class Sweep:
     ) -> None:
         self.plan, self.directory = plan, directory.absolute()
         self.where, self.keep_checkpoints, self.say = where, keep_checkpoints, say
-        self.store = Store.open(self.directory, plan.source.name)
-        for run in self._left():
-            self._check_checkpoint(run)
+        self.store = Store(self.directory, plan.source.name)
 
     @property
     def table(self) -> SweepTable:
@@ -100,19 +95,17 @@ class Sweep:
         """Do what is left, and write sweep.json and sweep.md after each run.
 
         Raises:
-            ConfigError: before anything is started, for another sweep at work here, too
-                little memory, or a cluster that is not there.
+            ConfigError: before anything is started, for a directory that holds
+                something else or has another sweep at work, too little memory, or a
+                cluster that is not there.
             OSError: when a file cannot be written; ends all runs.
         """
-        left = self._left()
+        left = self._open()
         if self.where.ray is None:
             self.plan.check_memory(left, self.where.workers)
         with locked(self.directory):
             # It may have changed while nobody was kept out.
-            self.store = Store.open(self.directory, self.plan.source.name)
-            left = self._left()
-            for run in left:
-                self._check_checkpoint(run)
+            left = self._open()
             for run in left:
                 self._clear(run)
                 self._expect(run)
@@ -121,9 +114,14 @@ class Sweep:
             self._spread([self._job(run) for run in left])
         return self.table
 
-    def _left(self) -> list[Run]:
+    def _open(self) -> list[Run]:
+        """Read the directory; what is left to do in it."""
+        self.store = Store.open(self.directory, self.plan.source.name)
         table = self.table
-        return [run for run in self.plan.runs if not table.is_done(run)]
+        left = [run for run in self.plan.runs if not table.is_done(run)]
+        for run in left:
+            self._check_checkpoint(run)
+        return left
 
     def _spread(self, jobs: list[Job]) -> None:
         done = 0

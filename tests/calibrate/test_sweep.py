@@ -39,7 +39,7 @@ MEASURED = ("--data", TEXT, "--seq-len", 64, "--max-tokens", 200)
 LEARNED: dict[str, Any] = {
     "name": "learned",
     "transforms": {"residual": "learned", "scales": "learned", "equalize": True},
-    "learn": {"steps": 100, "tokens_per_step": 64},
+    "learn": {"steps": 200, "tokens_per_step": 64},
     "data": {"samples": 4, "seq_len": 32},
 }
 
@@ -462,7 +462,7 @@ def test_interrupted_learning_goes_on(
     name = "learned-w4a4kv4-seed0"
     log, checkpoint = out / "logs" / f"{name}.log", out / name
     running = command(*words, *where)
-    until(lambda: log.exists() and "/100 learning" in log.read_text())
+    until(lambda: log.exists() and "/200 learning" in log.read_text())
     os.killpg(running.pid, signal.SIGINT)
     _, stderr = running.communicate(timeout=120)
     assert running.returncode == 130, stderr
