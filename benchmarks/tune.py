@@ -29,6 +29,7 @@ from vllm_lowbit.kernels.gpu.configs import LinearConfig, Row
 from vllm_lowbit.kernels.gpu.target import E4M3_SUMS, INTERPRETED, architecture
 
 from .gpu.linears import Arms
+from .gpu.shapes import Layer
 from .gpu.timing import seconds
 
 OPERATORS = ("linear_w4a4", "linear_wna16")
@@ -96,7 +97,9 @@ def cost_on_device(
 ) -> Cost:
     """Geometric mean of seconds over SHAPES and tokens; results have to agree."""
     problems = [
-        (Arms(device, m, n, k), _arm(operator)) for n, k in SHAPES for m in tokens
+        (Arms(device, m, Layer(n, k, k)), _arm(operator))
+        for n, k in SHAPES
+        for m in tokens
     ]
     expected: list[torch.Tensor] = []
 

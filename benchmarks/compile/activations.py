@@ -121,7 +121,7 @@ def _blocks_case(target: str, row: tuple[int, int, int], quantize: bool = True) 
         },
         aligned=("x_stride",),
         options={
-            "num_warps": blocks_warps(blocks, lanes(target)),
+            "num_warps": blocks_warps(blocks),
             "num_stages": BLOCKS_STAGES,
             "enable_fp_fusion": False,
         },

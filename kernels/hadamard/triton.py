@@ -133,7 +133,7 @@ def blocks_of(
     if right > 1:
         # A product has SMALLEST columns: of several blocks where one has fewer.
         several = torch.eye(max(1, SMALLEST // right), dtype=torch.int8, device="cpu")
-        values = torch.kron(several, _oriented(right, transpose).t().contiguous())
+        values = torch.kron(several, _oriented(right, not transpose))
         right_table = _table(values, len(values), device)
     columns, block_m = n // left, _block_m(left)
     steps = -(-left // block_m)
@@ -185,7 +185,7 @@ def _padded(size: int) -> int:
 
 def _oriented(order: int, transpose: bool) -> torch.Tensor:
     h = matrix(order)
-    return h.t() if transpose else h
+    return h.t().contiguous() if transpose else h
 
 
 def _table(values: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:

@@ -280,7 +280,7 @@ class _Call:
             N=n,
             PARTS=_PARTS[x.dtype] if exact else max(2, _PARTS[x.dtype]),
             DOT=DOT,
-            num_warps=blocks_warps(blocks, lanes(architecture(x.device))),
+            num_warps=blocks_warps(blocks),
             num_stages=BLOCKS_STAGES,
             **blocks_constants(blocks),
             **self._constants(input_scale),
@@ -295,9 +295,9 @@ def tile_warps(tile: Tile, lanes: int) -> int:
     return 8 if size <= 16384 or lanes == 64 else 16
 
 
-def blocks_warps(blocks: Blocks, lanes: int) -> int:
-    """Warps of so many lanes for the tiles of a row."""
-    return 4 if lanes == 64 and not blocks.kept else 8
+def blocks_warps(blocks: Blocks) -> int:
+    """Warps for the tiles of a row."""
+    return 8 if blocks.kept else 4
 
 
 def blocks_constants(blocks: Blocks) -> dict[str, Any]:

@@ -196,14 +196,16 @@ def test_tiles_that_chips_hold(arch: str, n: int) -> None:
     assert tile_of(32768, 128, 1, False, CPU, arch) is not None
 
 
-@pytest.mark.parametrize("order", [1, 128, 1536])
-def test_transform_and_its_inverse(order: int) -> None:
+@pytest.mark.parametrize(
+    ("order", "stride"), [(1, 1), (128, 1), (1536, 1), (192, 1), (12, 64)]
+)
+def test_transform_and_its_inverse(order: int, stride: int) -> None:
     x = torch.randn(3, 2, 1536)
-    rotated = triton.transform(x, None, order, 1)
-    expected = reference.transform(x, None, order, 1)
+    rotated = triton.transform(x, None, order, stride)
+    expected = reference.transform(x, None, order, stride)
     assert (rotated - expected).abs().max() <= TRANSFORM_ERROR * expected.abs().max()
     assert rotated.data_ptr() != x.data_ptr()
-    back = triton.transform(rotated, None, order, 1, True)
+    back = triton.transform(rotated, None, order, stride, True)
     assert (back - x).abs().max() <= 2 * TRANSFORM_ERROR * x.abs().max()
 
 
