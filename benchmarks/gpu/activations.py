@@ -20,11 +20,11 @@ WITHIN = 1.3
 EPSILON = 1e-5
 SMALL = (
     Layer(0, 64, 64),
-    Layer(0, 384, 1),
     Layer(0, 384, 64),
     Layer(0, 384, 384),
+    Layer(0, 384, 1),
     Layer(0, 512, 4, 64),
-    Layer(0, 448, 112),
+    Layer(0, 448, 224),
 )
 FORMS = ("plain", "scaled", "RMSNorm", "SwiGLU")
 
@@ -44,9 +44,9 @@ def served() -> dict[str, Layer]:
 
 def checks(device: torch.device) -> Iterator[Check]:
     """Scales, zero points and codes, in the bounds that the kernel states."""
-    shapes = list(SMALL)
+    shapes = list(SMALL[-3:])
     if not INTERPRETED:
-        shapes += [*served().values(), *OTHER_ROWS.values()]
+        shapes = [*SMALL, *served().values(), *OTHER_ROWS.values()]
     for shape in shapes:
         name = f"n {shape.k} order {shape.order} stride {shape.stride}"
         for form, (bits, symmetric) in product(

@@ -76,7 +76,7 @@ def _tile(
 ):
     """Values of a tile, where they are in the row, and which of them are."""
     COLUMNS: tl.constexpr = N // LEFT
-    SIZE: tl.constexpr = tl.cdiv(LEFT, TABLE_BLOCK) * TABLE_BLOCK
+    SIZE: tl.constexpr = (LEFT + TABLE_BLOCK - 1) // TABLE_BLOCK * TABLE_BLOCK
     first = tile // tl.cdiv(LEFT, BLOCK_M) * BLOCK_C
     top = tile % tl.cdiv(LEFT, BLOCK_M) * BLOCK_M
     i = top + tl.arange(0, BLOCK_M)[None, :]
@@ -137,7 +137,9 @@ def blocks_kernel(
     Where KEPT, its values stay in registers until the range of all is known. Otherwise
     they are computed twice, the second time from a row that the caches hold.
     """
-    TILES: tl.constexpr = tl.cdiv(LEFT, BLOCK_M) * tl.cdiv(N // LEFT, BLOCK_C)
+    # Written out: for Triton 3.6 a cdiv is no constant.
+    ROWS: tl.constexpr = (LEFT + BLOCK_M - 1) // BLOCK_M
+    TILES: tl.constexpr = ROWS * ((N // LEFT + BLOCK_C - 1) // BLOCK_C)
     WIDTH: tl.constexpr = BLOCK_M if RIGHT == 1 else RIGHT
     HEIGHT: tl.constexpr = BLOCK_M * BLOCK_C // WIDTH
     token = tl.program_id(0).to(tl.int64)
@@ -150,20 +152,22 @@ def blocks_kernel(
     right = tl.load(right_ptr + q[:, None] * RIGHT + q[None, :])
     operands = (row_ptr, weight_ptr, input_scale_ptr, left_ptr, right)
     operands = operands + (factor, before, after)
-    form: tl.constexpr = (
-        N,
-        LEFT,
-        INNER,
-        RIGHT,
-        BLOCK_M,
-        BLOCK_C,
-        PARTS,
-        PROLOGUE,
-        SCALED,
-    )
     if not QUANTIZE:
         for tile in range(TILES):
-            y, at, mask = _tile(*operands, tile, *form, DOT)
+            y, at, mask = _tile(
+                *operands,
+                tile,
+                N,
+                LEFT,
+                INNER,
+                RIGHT,
+                BLOCK_M,
+                BLOCK_C,
+                PARTS,
+                PROLOGUE,
+                SCALED,
+                DOT,
+            )
             tl.store(out_row_ptr + at, y, mask=mask)
     else:
         lows = tl.full((HEIGHT, WIDTH), float("inf"), tl.float32)
@@ -172,14 +176,40 @@ def blocks_kernel(
         kept = ()
         if KEPT:
             for tile in tl.static_range(TILES):
-                y, at, mask = _tile(*operands, tile, *form, DOT)
+                y, at, mask = _tile(
+                    *operands,
+                    tile,
+                    N,
+                    LEFT,
+                    INNER,
+                    RIGHT,
+                    BLOCK_M,
+                    BLOCK_C,
+                    PARTS,
+                    PROLOGUE,
+                    SCALED,
+                    DOT,
+                )
                 kept = kept + (y,)
             for tile in tl.static_range(TILES):
                 _, mask = _places(tile, N, LEFT, INNER, RIGHT, BLOCK_M, BLOCK_C)
                 lows, highs, odd = _range(kept[tile], mask, lows, highs, odd)
         else:
             for tile in range(TILES):
-                y, at, mask = _tile(*operands, tile, *form, DOT)
+                y, at, mask = _tile(
+                    *operands,
+                    tile,
+                    N,
+                    LEFT,
+                    INNER,
+                    RIGHT,
+                    BLOCK_M,
+                    BLOCK_C,
+                    PARTS,
+                    PROLOGUE,
+                    SCALED,
+                    DOT,
+                )
                 lows, highs, odd = _range(y, mask, lows, highs, odd)
         low = tl.min(tl.min(lows, axis=1), axis=0)
         high = tl.max(tl.max(highs, axis=1), axis=0)
@@ -198,6 +228,19 @@ def blocks_kernel(
                 tl.store(out_row_ptr + at, codes, mask=mask)
         else:
             for tile in range(TILES):
-                y, at, mask = _tile(*operands, tile, *form, DOT)
+                y, at, mask = _tile(
+                    *operands,
+                    tile,
+                    N,
+                    LEFT,
+                    INNER,
+                    RIGHT,
+                    BLOCK_M,
+                    BLOCK_C,
+                    PARTS,
+                    PROLOGUE,
+                    SCALED,
+                    DOT,
+                )
                 codes = grid_encode(y, inverse, zero, broken, CODE_MIN, CODE_MAX)
                 tl.store(out_row_ptr + at, codes, mask=mask)
