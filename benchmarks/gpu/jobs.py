@@ -12,7 +12,7 @@ from vllm_lowbit.kernels.gpu.target import INTERPRETED
 
 from . import SOURCES
 from .case import SPARE_BELOW, Arm, Check, Row
-from .timing import copy_bandwidth, integer_peak, seconds
+from .timing import SAMPLES, copy_bandwidth, integer_peak, samples
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
@@ -69,9 +69,10 @@ def machine() -> dict[str, float | None]:
 
 
 def time_row(index: int) -> dict[str, Any]:
-    """Times of a row's arms, its speed-ups and shares; and ``machine``."""
+    """Median times of a row's arms, how far samples lie apart, speed-ups and shares."""
     row, of_machine = rows()[index], machine()
     taken: dict[str, float | None] = {}
+    spread: dict[str, float] = {}
     reasons: dict[str, str] = {}
     shares: dict[str, dict[str, float]] = {"of_copy": {}, "of_int8": {}}
     # Spares at last, when it is known whether they are needed.
@@ -79,8 +80,10 @@ def time_row(index: int) -> dict[str, Any]:
         if arm.spare and _reached(row, shares["of_copy"]):
             reasons[name] = f"others reach {SPARE_BELOW} of copy bandwidth"
             continue
-        taken[name] = _seconds(arm, name, reasons)
+        found = _samples(arm, name, reasons)
+        taken[name] = found[SAMPLES // 2] if found else None
         if took := taken[name]:
+            spread[name] = (found[-1] - found[0]) / took
             _share(row, name, took, of_machine, shares)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -89,6 +92,7 @@ def time_row(index: int) -> dict[str, Any]:
         "name": row.name,
         **row.sizes,
         "seconds": taken,
+        "spread": spread,
         "unavailable": reasons,
         **_speedups(row, taken),
         **shares,
@@ -96,13 +100,13 @@ def time_row(index: int) -> dict[str, Any]:
     }
 
 
-def _seconds(arm: Arm, name: str, reasons: dict[str, str]) -> float | None:
+def _samples(arm: Arm, name: str, reasons: dict[str, str]) -> list[float]:
     try:
-        return seconds(arm.prepare, DEVICE)
+        return samples(arm.prepare, DEVICE)
     except (RuntimeError, ValueError) as error:
         # An arm of a library may not exist for this chip or shape.
         reasons[name] = str(error).partition("\n")[0]
-        return None
+        return []
 
 
 def _reached(row: Row, of_copy: dict[str, float]) -> bool:

@@ -150,12 +150,13 @@ def blocks_kernel(
         factor = rms_factor(row_ptr, N, epsilon, 2048)
     q = tl.arange(0, RIGHT)
     right = tl.load(right_ptr + q[:, None] * RIGHT + q[None, :])
-    operands = (row_ptr, weight_ptr, input_scale_ptr, left_ptr, right)
-    operands = operands + (factor, before, after)
+    pointers = (row_ptr, weight_ptr, input_scale_ptr, left_ptr)
+    numbers = (right, factor, before, after)
     if not QUANTIZE:
         for tile in range(TILES):
             y, at, mask = _tile(
-                *operands,
+                *pointers,
+                *numbers,
                 tile,
                 N,
                 LEFT,
@@ -177,7 +178,8 @@ def blocks_kernel(
         if KEPT:
             for tile in tl.static_range(TILES):
                 y, at, mask = _tile(
-                    *operands,
+                    *pointers,
+                    *numbers,
                     tile,
                     N,
                     LEFT,
@@ -190,14 +192,15 @@ def blocks_kernel(
                     SCALED,
                     DOT,
                 )
-                kept = kept + (y,)
+                kept = kept + (y,)  # type: ignore[assignment]
             for tile in tl.static_range(TILES):
                 _, mask = _places(tile, N, LEFT, INNER, RIGHT, BLOCK_M, BLOCK_C)
                 lows, highs, odd = _range(kept[tile], mask, lows, highs, odd)
         else:
             for tile in range(TILES):
                 y, at, mask = _tile(
-                    *operands,
+                    *pointers,
+                    *numbers,
                     tile,
                     N,
                     LEFT,
@@ -229,7 +232,8 @@ def blocks_kernel(
         else:
             for tile in range(TILES):
                 y, at, mask = _tile(
-                    *operands,
+                    *pointers,
+                    *numbers,
                     tile,
                     N,
                     LEFT,

@@ -35,14 +35,15 @@ jobs.machine = lambda: {"bandwidth": 1e12, "int8_peak": 1e15}
 names = {}
 for row in jobs.rows():
     names.update({id(arm.prepare): name for name, arm in row.arms.items()})
-def seconds(prepare, device):
+def samples(prepare, device):
     name = names[id(prepare)]
     if name == "torch int8":
         raise RuntimeError("not for this shape")
     if name in sys.argv[2:]:
-        return 1e-9
-    return {"bf16 SDPA flash": 1e-3, "triton": 1e-3}.get(name, 2e-3)
-jobs.seconds = seconds
+        return [1e-9] * 5
+    one = {"bf16 SDPA flash": 1e-3, "triton": 1e-3}.get(name, 2e-3)
+    return [one / 2, one, one, one, one * 1.5]
+jobs.samples = samples
 out = pathlib.Path(sys.argv[1])
 writes = []
 write = program._write
@@ -142,6 +143,7 @@ def test_no_speed_of_a_wrong_operator(tmp_path: Path) -> None:
     assert "bf16" not in row["speedups"] and "torch fp8" not in row["speedups"]
     assert row["seconds"]["torch int8"] is None
     assert "not for this shape" in row["unavailable"]["torch int8"]
+    assert row["spread"]["bf16"] == 1.0
     aim = row["aims"]["triton with hadamard_quantize"]
     assert aim == {"wanted": 3.0, "met": False}
     moved = row["n"] * row["k"] // 2 + row["m"] * (row["k"] + 2 * row["n"])
