@@ -173,10 +173,12 @@ def _compare_attention(
 def _compare_replay(device: torch.device) -> str | None:
     """A graph that was captured for short contexts, then run for others."""
     *_, pages = _pages(HEAD_DIM, 2000, True)
-    most, batch = PAGE * (len(pages) - 1), 4
+    # The last page is not full.
+    blocks, batch = len(pages) - 1, 4
+    most = PAGE * blocks
     random = torch.Generator().manual_seed(1)
     query = torch.randn(batch, 8, HEAD_DIM, generator=random).bfloat16()
-    table = torch.arange(len(pages), dtype=torch.int32).repeat(batch, 1)
+    table = torch.arange(blocks, dtype=torch.int32).repeat(batch, 1)
     starts = torch.arange(batch + 1, dtype=torch.int32)
     lengths = torch.ones(batch, dtype=torch.int32)
     there = [t.to(device) for t in (query, pages, table, starts, lengths)]
@@ -193,7 +195,7 @@ def _compare_replay(device: torch.device) -> str | None:
     for other in ((1, 1, 1, 1), (most, 3, 700, 65), (64, most, 1, most - 1)):
         lengths = torch.tensor(other, dtype=torch.int32)
         table = torch.stack(
-            [torch.randperm(len(pages), generator=random).int() for _ in range(batch)]
+            [torch.randperm(blocks, generator=random).int() for _ in range(batch)]
         )
         there[2].copy_(table)
         there[4].copy_(lengths)

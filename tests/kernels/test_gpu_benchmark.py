@@ -56,6 +56,37 @@ assert json.loads((out / "gpu.json").read_text()) == result
 program.draw(result, out / "gpu.png")
 """
 
+# Every arm that the CPU has, on small shapes.
+ARMS = """
+import torch
+from benchmarks.gpu import activations, experts, kv4, linears
+from benchmarks.gpu.shapes import Layer
+down, head = Layer(32, 512, 256), Layer(32, 256, 4, 64, False)
+for module in (activations, linears):
+    module.MODELS = {"Llama-3-8B": {"down": down, "o": head}}
+for module in (activations, experts, linears):
+    module.TOKENS = (3,)
+activations.OTHER_ROWS = {"whole": Layer(0, 256, 256)}
+experts.EXPERTS = {"few": (4, 2, {"down": down})}
+kv4.BATCHES, kv4.CONTEXTS, kv4.STORED, kv4.ROTATED = (2,), (128,), (5,), (5,)
+kv4.LIBRARIES = {"bf16 SDPA math": kv4.SDPBackend.MATH}
+device, ran = torch.device("cpu"), set()
+# Products of the CPU, or that the interpreter gets wrong.
+absent = {"torch fp8", "torch int8", "bf16 Triton"}
+for source in (activations, linears, kv4, experts):
+    for row in source.rows(device):
+        assert set(row.aims) <= set(row.arms) and next(iter(row.arms.values())).own
+        for name, arm in row.arms.items():
+            if name in absent or (row.operator, name) == ("linear_experts", "bf16"):
+                continue
+            calls = arm.prepare(lambda size: 1)
+            assert len(calls) == 1, name
+            for call in calls:
+                call()
+            ran.add((row.operator, name))
+print(len(ran))
+"""
+
 SHAPES = """
 import json
 from benchmarks.gpu.shapes import EXPERTS, MODELS
@@ -206,6 +237,13 @@ def test_shapes_are_as_served() -> None:
             assert order == order_per_shard(k // stride, 2)[0]
         else:
             assert (order, stride) == (largest_order(k), 1)
+
+
+@pytest.mark.slow
+def test_arms_run() -> None:
+    result = python("-c", ARMS, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert int(result.stdout) == 21
 
 
 def test_no_gpu() -> None:
