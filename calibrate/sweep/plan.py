@@ -220,7 +220,7 @@ def _measured_on(target: Target, evaluation: Evaluation) -> dict[str, Any]:
 
 def _of_model(source: Source) -> str:
     """Of weights, config and tokenizer."""
-    files = {path.name: path for path in source.files.values()}
+    files = {path.name: path for path, _ in source.files.values()}
     for pattern in ("config.json", *COMPANIONS):
         files |= {path.name: path for path in source.directory.glob(pattern)}
     return _sha256(path for _, path in sorted(files.items()) if path.is_file())
