@@ -225,8 +225,8 @@ def test_a_process_that_dies_or_hangs(tmp_path: Path) -> None:
 
 def test_shapes_are_as_served() -> None:
     """Orders that the plugin takes for a plain checkpoint."""
-    from vllm_lowbit.architecture import MIN_BLOCK, order_per_shard
     from vllm_lowbit.kernels.hadamard.matrices import largest_order
+    from vllm_lowbit.placement import MIN_BLOCK, order_per_shard
 
     result = python("-c", SHAPES, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr[-4000:]
