@@ -89,6 +89,13 @@ def _part(name: str) -> ModuleType:
     return importlib.import_module(f".{PARTS[name]}", __package__)
 
 
+def _part_name(name: str) -> str:
+    if name not in (*PARTS, REPORT):
+        names = ", ".join((*PARTS, REPORT))
+        raise argparse.ArgumentTypeError(f"{name} is no part; parts are {names}")
+    return name
+
+
 def _parser() -> argparse.ArgumentParser:
     parser: Any = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu",
@@ -96,8 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    names = (*PARTS, REPORT)
-    add("parts", nargs="*", choices=names, metavar="part", help=", ".join(names))
+    # Without choices: argparse of Python 3.11 refuses an empty list by them.
+    names = ", ".join((*PARTS, REPORT))
+    add("parts", nargs="*", type=_part_name, metavar="part", help=names)
     add("--cells", default="*", help="only those of this shell pattern")
     add("--again", action="store_true", help="measure what is in cpu.json as well")
     add("--cache", type=Path, default=CACHE, help="of the models; default %(default)s")

@@ -171,9 +171,10 @@ def _linear(store: Store) -> Iterator[str]:
     yield "## Linears"
     yield ""
     if bandwidth is not None:
-        copy, read = (_number(bandwidth[key] / 1e9) for key in ("copy", "read"))
-        yield f"Memory: copying moves {copy} GB/s (read and written bytes counted),"
-        yield f"reading {read} GB/s. Each call reads another copy of the weights."
+        copy, read = bandwidth["copy"] / 2e9, bandwidth["read"] / 1e9
+        yield f"Memory: {_number(copy)} GB/s are copied, each byte read and written;"
+        yield f"{_number(read)} GB/s are read where nothing is written. Each call reads"
+        yield "another copy of the weights."
         yield ""
     arms = [arm for arm in LINEAR_ARMS if any(arm in row for row in rows.values())]
     for count in linear.ROWS:
