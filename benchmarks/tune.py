@@ -5,9 +5,11 @@
 
 From the chip's table, or the fallback's where it has none, one setting of a row is
 changed at a time and kept where it makes the row's problems faster; a configuration
-that does not compile, does not fit the chip or gives another result is out. The table
-is written after every row, so a run that ends early has lost nothing. Then run `python
--m benchmarks.compile` (no spills, on every machine) and `python -m benchmarks.gpu`.
+that does not compile, does not fit the chip or gives another result is out. Rows that
+are not for symmetric weights of 4 bits, in groups of 128 or none, stay as they are. The
+table is written after every row, so a run that ends early has lost nothing. Then run
+`python -m benchmarks.compile` (no spills, on every machine) and `python -m
+benchmarks.gpu`.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,10 +148,7 @@ def dump(table: Table) -> str:
     for operator, schemes in table.items():
         parts = []
         for scheme, rows in schemes.items():
-            lines = [
-                " " * 6 + json.dumps({"max_m": row.max_m, **asdict(row.config)})
-                for row in rows
-            ]
+            lines = [" " * 6 + json.dumps(configs.entry(row)) for row in rows]
             parts.append(f'    "{scheme}": [\n' + ",\n".join(lines) + "\n    ]")
         operators.append(f'  "{operator}": {{\n' + ",\n".join(parts) + "\n  }")
     return "{\n" + ",\n".join(operators) + "\n}\n"
@@ -179,7 +178,10 @@ def main() -> None:
     chosen = OPERATORS if options.operator is None else (options.operator,)
     for operator in chosen:
         for scheme, rows in table[operator].items():
+            weight = configs.Weight(4, GROUPS[scheme], zeros=False)
             for index, row in enumerate(rows):
+                if not row.takes(weight):
+                    continue
                 if time.monotonic() > ends:
                     sys.exit("out of time; what was found is written")
                 tokens = MANY if row.max_m is None else (row.max_m,)
@@ -190,7 +192,7 @@ def main() -> None:
                 )
                 what = f"{operator} {scheme} M <= {row.max_m or 'any'}"
                 print(f"{what}: {before * 1e6:.1f} to {after * 1e6:.1f} us, {config}")
-                rows[index] = Row(row.max_m, config)
+                rows[index] = replace(row, config=config)
                 if not options.dry_run:
                     _write(path, table)
 
