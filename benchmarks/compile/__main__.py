@@ -41,11 +41,12 @@ counts are of the main loop (of the kernel where there is none), against the cei
 
 * hadamard_quantize: rows of well-known models in one tile, symmetric and unscaled in
   bfloat16; as served by default, asymmetric and with an input scale, in float16.
-* Linears: 4 bits per channel and in groups of 128, bfloat16, symmetric weights, as many
-  parts of split-K as the row has. Then with every option (float16, zero points, bias, K
-  ragged, one part): all widths per channel and in groups of 128, 4 bits in groups of
-  32, 64, 128 and 256, the last row all widths in all of them. sm_89 has the tables of
-  sm_86, sm_103 the weight-only table of sm_100: there only the former.
+* Linears: all widths per channel and 4 bits in groups of 128, bfloat16, symmetric
+  weights, as many parts of split-K as the row has. Then with every option (float16,
+  zero points, bias, K ragged, one part): all widths per channel and in groups of 128,
+  4 bits in groups of 32, 64, 128 and 256, the last row all widths in all of them. sm_89
+  has the tables of sm_86, sm_103 the weight-only table of sm_100: there only 4 bits of
+  the former.
 * Experts: 4 bits at every row, other widths at the last.
 * Attention: four query heads a KV head, pages of 64 tokens; a window, a cap or pages of
   16, one at a time, for the fewest and the most query rows.

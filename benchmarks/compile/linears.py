@@ -6,8 +6,9 @@ or has *every option* (float16, zero points, bias, K ragged where groups let it 
 part). Rows are compiled for 4 bits plain, per channel and in groups of 128; for all
 stored widths per channel, plain and with every option; and with every option for 4 bits
 in groups of any size and any width in groups of 128, the last row for any width in
-groups of any size. Chips with e4m3 products are compiled with them and without: what
-the table does not take, wider codes or the tuner may.
+groups of any size. Chips with e4m3 products are compiled with them and without, with
+every option where the table has them: what it does not take, wider codes or the tuner
+may.
 """
 
 from collections.abc import Iterator
