@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations of the linears for the GPU at hand: measure, keep the best.
 
-    python -m benchmarks.tune [--operator linear_w4a4] [--minutes 25] [--dry-run]
+    python -m benchmarks.tune --out DIR [--operator linear_w4a4] [--minutes 8]
 
 From the chip's table, or the fallback's where it has none, one setting of a row is
 changed at a time and kept where it makes the row's problems faster; a configuration
 that does not compile, does not fit the chip or gives another result is out. Rows that
 are not for symmetric weights of 4 bits, in groups of 128 or none, stay as they are. The
-table is written after every row, so a run that ends early has lost nothing. Then run
-`python -m benchmarks.compile` (no spills, on every machine) and `python -m
-benchmarks.gpu`.
+others share the time that is left equally, and DIR/CHIP.json is written after every
+one, so a run that ends early has lost nothing; a table that is there is gone on from.
+It takes effect in kernels/gpu/configs/, once `python -m benchmarks.compile` (no spills,
+on every machine) and `python -m benchmarks.gpu` are content with it.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from vllm_lowbit.kernels.gpu.configs import LinearConfig, Row
 from vllm_lowbit.kernels.gpu.target import E4M3_SUMS, INTERPRETED, architecture
 
 from .gpu.linears import Arms
+from .gpu.shapes import Layer
 from .gpu.timing import seconds
 
 OPERATORS = ("linear_w4a4", "linear_wna16")
@@ -98,7 +100,9 @@ def cost_on_device(
 ) -> Cost:
     """Geometric mean of seconds over SHAPES and tokens; results have to agree."""
     problems = [
-        (Arms(device, m, n, k), _arm(operator)) for n, k in SHAPES for m in tokens
+        (Arms(device, m, Layer(n, k, k)), _arm(operator))
+        for n, k in SHAPES
+        for m in tokens
     ]
     expected: list[torch.Tensor] = []
 
@@ -160,41 +164,51 @@ def _write(path: Path, table: Table) -> None:
     os.replace(staging, path)
 
 
+def table_to_start_from(path: Path, arch: str) -> Table:
+    """That of an earlier run, else the chip's own."""
+    return copied(configs.read(path) if path.is_file() else configs.table(arch))
+
+
+def share_of(ends: float, rows: int) -> float:
+    """When the first of so many rows has had its share of the time."""
+    now = time.monotonic()
+    return now + max(0.0, ends - now) / rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune")
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--operator", choices=OPERATORS)
-    parser.add_argument("--minutes", type=float, default=25.0)
-    parser.add_argument("--dry-run", action="store_true", help="write no table")
+    parser.add_argument("--minutes", type=float, default=8.0)
     options = parser.parse_args()
     if INTERPRETED or not torch.cuda.is_available():
         sys.exit("error: torch sees no GPU, and configurations are measured on one")
     device = torch.device("cuda")
     ends = time.monotonic() + 60 * options.minutes
     arch = architecture(device)
-    table = {
-        o: {s: list(r) for s, r in t.items()} for o, t in configs.table(arch).items()
-    }
-    path = configs.TABLES / f"{arch}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{arch}.json"
+    table = table_to_start_from(path, arch)
     chosen = OPERATORS if options.operator is None else (options.operator,)
-    for operator in chosen:
-        for scheme, rows in table[operator].items():
-            weight = configs.Weight(4, GROUPS[scheme], zeros=False)
-            for index, row in enumerate(rows):
-                if not row.takes(weight):
-                    continue
-                if time.monotonic() > ends:
-                    sys.exit("out of time; what was found is written")
-                tokens = MANY if row.max_m is None else (row.max_m,)
-                cost = cost_on_device(operator, scheme, tokens, device)
-                before = cost(row.config)
-                config, after = tuned(
-                    row.config, cost, ends, settings_of(operator, arch)
-                )
-                what = f"{operator} {scheme} M <= {row.max_m or 'any'}"
-                print(f"{what}: {before * 1e6:.1f} to {after * 1e6:.1f} us, {config}")
-                rows[index] = replace(row, config=config)
-                if not options.dry_run:
-                    _write(path, table)
+    places = [
+        (operator, scheme, index)
+        for operator in chosen
+        for scheme, rows in table[operator].items()
+        for index, row in enumerate(rows)
+        if row.takes(configs.Weight(4, GROUPS[scheme], zeros=False))
+    ]
+    for number, (operator, scheme, index) in enumerate(places):
+        if time.monotonic() > ends:
+            sys.exit(f"out of time; what was found is in {path}")
+        row = table[operator][scheme][index]
+        tokens = MANY if row.max_m is None else (row.max_m,)
+        cost = cost_on_device(operator, scheme, tokens, device)
+        before, share = cost(row.config), share_of(ends, len(places) - number)
+        config, after = tuned(row.config, cost, share, settings_of(operator, arch))
+        what = f"{operator} {scheme} M <= {row.max_m or 'any'}"
+        print(f"{what}: {before * 1e6:.1f} to {after * 1e6:.1f} us, {config}")
+        table[operator][scheme][index] = replace(row, config=config)
+        _write(path, table)
 
 
 if __name__ == "__main__":

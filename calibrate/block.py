@@ -53,6 +53,7 @@ class Block:
         training: Training,
         record: CalibrationRecord,
         progress: Callable[[int, float], None],
+        clip_ratios_of: Callable[[], Tensors] | None = None,
     ) -> None:
         """Train tensors in place on the mean squared error of the layer's output.
 
@@ -62,10 +63,15 @@ class Block:
             training: how long.
             record: takes the curve.
             progress: called with the steps done and the loss.
+            clip_ratios_of: its inputs' clip ratios, by stage, where they are trained
+                as well; carry gradients.
         """
 
         def loss_of(batch: torch.Tensor) -> torch.Tensor:
-            out = through(self.served, weights_of(), self.inputs[batch])
+            served = self.served
+            if clip_ratios_of is not None:
+                served = served.clipped(clip_ratios_of())
+            out = through(served, weights_of(), self.inputs[batch])
             losses = [(out - target[batch]).square().mean() for target in self.targets]
             return torch.stack(losses).sum()
 

@@ -13,13 +13,14 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from ..architecture import ROUTER
+from ..architecture import EMBEDDING, HEAD, ROUTER
 from ..checkpoint import TensorSpec
 from ..errors import CalibrationError
 from ..load_time import check_finite
 from ..lowbit_checkpoint import expected_tensors
 from ..schema import LowbitConfig
 from .block import Block, through
+from .clips import with_ratios
 from .equalize import InputPower, up_scale, value_scale
 from .estimate import CHUNK_TOKENS, Estimate, Estimator, Speed
 from .layer import LayerModels, QuantizedLayer, StageQuantizer, Streams, layer_errors
@@ -27,9 +28,8 @@ from .learn.end_to_end import learn_transforms
 from .learn.parameters import Learned
 from .learn.snapshot import Snapshot
 from .omniquant import OmniQuant, OmniQuantOptions
-from .plan import Transforms, online
+from .plan import Transforms, online, served_shape
 from .publish import Losses
-from .quantize import Add
 from .recipe import Recipe
 from .record import CalibrationRecord
 from .refine import LearnedLayer, RefinedModel, refine_layer, refine_model
@@ -40,7 +40,7 @@ from .source import Source
 from .stages import RESIDUAL_STAGES, DecoderStages
 from .transforms import LayerTransforms, fold_layer, storable
 from .vocabulary import Vocabulary, plain_vocabulary, served_vocabulary
-from .writer import DTYPES, CheckpointWriter, largest_bytes
+from .writer import DTYPES, CheckpointWriter, largest_bytes, stacking
 
 Weights = dict[str, torch.Tensor]
 Progress = Callable[[int, int, str], None]
@@ -93,6 +93,7 @@ class Calibration:
             plain=DecoderStages(hf_config, self.shape, rotated, device),
             scratch=scratch,
         )
+        self.clip_ratios = served.clip_ratios
         self.progress = progress
         self.chunk = max(1, CHUNK_TOKENS // windows.shape[1])
         self.per_layer = sum(map(len, self.plain.stages.values()))
@@ -102,9 +103,15 @@ class Calibration:
         self.record = CalibrationRecord()
         samples, scheme = recipe.data.samples, config.scheme
         self.quantizer = StageQuantizer(
-            self.models, scheme, recipe.rounding, samples, self.chunk
+            self.models,
+            scheme,
+            recipe.rounding,
+            samples,
+            self.chunk,
+            searches_clips=recipe.clip == "searched",
         )
-        options = OmniQuantOptions.of(recipe.omniquant, scheme, recipe.seed)
+        clip = recipe.activations.clip_ratio if recipe.clip == "learned" else None
+        options = OmniQuantOptions.of(recipe.omniquant, scheme, recipe.seed, clip)
         learns_scales = recipe.weights.method == "omniquant" and options.let
         self.alpha = options.alpha if learns_scales else recipe.transforms.smooth
         self.omniquant = OmniQuant(
@@ -133,8 +140,16 @@ class Calibration:
             snapshot,
             self.progress,
         )
+        for index, ratios in enumerate(self.transforms.clip_ratios):
+            self.clip_ratios[index].update(ratios)
         for step, loss in curve:
             self.record.point("learn", step, loss)
+
+    def served_config(self) -> LowbitConfig:
+        """What is served, once it has run: the config with the clip ratios found."""
+        return with_ratios(
+            self.config, {i: r for i, r in self.clip_ratios.items() if r}
+        )
 
     def check_resources(self, announce: Announce) -> None:
         """Say what the run will take.
@@ -157,11 +172,14 @@ class Calibration:
 
     def specs(self) -> dict[str, TensorSpec]:
         """What will be written, floats in the dtype of the base model."""
-        specs = expected_tensors(self.shape, self.config)
-        for name, spec in specs.items():
-            if len(spec.dtypes) > 1:
-                dtype = DTYPES[self.source.tensor(name).dtype]
-                specs[name] = replace(spec, dtypes=(dtype,))
+        shape = served_shape(self.shape, self.config)
+        specs = expected_tensors(shape, self.config)
+        for here in shape.tensors():
+            name = shape.in_lowbit(here)[0]
+            if name in specs and len(specs[name].dtypes) > 1:
+                untied = here == HEAD and self.shape.tie_word_embeddings
+                tensor = self.source.tensor(EMBEDDING if untied else here)
+                specs[name] = replace(specs[name], dtypes=(DTYPES[tensor.dtype],))
         return specs
 
     @torch.no_grad()
@@ -175,7 +193,7 @@ class Calibration:
         """
         plain = plain_vocabulary(self.source, self.scratch)
         served = served_vocabulary(
-            writer.add,
+            stacking(writer, self.shape),
             self.source,
             self.config.scheme,
             self.transforms.residual,
@@ -194,7 +212,7 @@ class Calibration:
             if self.recipe.refine.scope == "model":
                 layers.append((layer, folded))
             else:
-                layer.write(self._adding(writer), _prefix(index))
+                layer.write(stacking(writer, self.shape), _prefix(index))
         if layers:
             x = self._refine(layers, plain, served, writer)
         self.progress(self.total, self.total, "measuring")
@@ -203,10 +221,6 @@ class Calibration:
             self._losses(slice(None, split), plain, y, served, x),
             self._losses(slice(split, None), plain, y, served, x),
         )
-
-    def _adding(self, writer: CheckpointWriter) -> Add:
-        """Takes tensors by their names here."""
-        return lambda name, tensor: writer.add(self.shape.stored(name), tensor)
 
     def _embedded(self, vocabulary: Vocabulary) -> torch.Tensor:
         """Hidden states of every window before the first layer."""
@@ -263,8 +277,10 @@ class Calibration:
             transforms = storable(transforms, tensors, self.shape, residual)
         return y, transforms
 
-    def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor:
+    def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor | None:
         """Between up and down, of every expert where there are some."""
+        if not self.shape.architecture.passes_up_scale:
+            return None
         if not self.shape.num_experts:
             return up_scale(power.sums["down_input"], weights["mlp.down_proj.weight"])
         return torch.stack(
@@ -375,7 +391,7 @@ class Calibration:
         y = self._served_basis(plain.look_up(self.windows[: self.chunk]))
         y = y.to(self.device)
         for index, (layer, (_, folded)) in enumerate(zip(refined, layers, strict=True)):
-            layer.write(self._adding(writer), _prefix(index))
+            layer.write(stacking(writer, self.shape), _prefix(index))
             x = self._advance(index, layer, folded, Streams(x, y))
             y = through(self.models.plain.at(index), folded, y)
         return x
@@ -395,11 +411,9 @@ class Calibration:
         )
 
     def _loss(self, x: torch.Tensor, end: Vocabulary, ids: torch.Tensor) -> float:
-        norm, head = end.norm.to(self.device), end.head.to(self.device)
-        end = replace(end, norm=norm, head=head)
-        total = 0.0
+        end, total = end.to(self.device), 0.0
         for states, targets in zip(x, ids, strict=True):
-            logits = end.logits(self.plain.norm(states[:-1], norm))
+            logits = end.logits(self.plain.norm(states[:-1], *end.final_norm))
             total += float(
                 functional.cross_entropy(logits.double(), targets[1:], reduction="sum")
             )

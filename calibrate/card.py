@@ -36,10 +36,10 @@ _MAX_FRONT_MATTER = 1 << 18
 _PLACES = {
     "residual": "residual stream",
     "attn_input": "input of q, k and v",
-    "k": "queries and keys, after RoPE",
+    "k": "queries and keys",
     "v": "values, per head",
     "o_input": "input of o_proj",
-    "mlp_input": "input of gate and up",
+    "mlp_input": "input of the MLP",
     "down_input": "input of down_proj",
 }
 
@@ -116,6 +116,8 @@ class Card(Identity):
         perplexities: what calibration measured when it was done.
         calibration: what was calibrated on, None for nothing.
         versions: by the name of the package.
+        untied: whether one matrix of the base model has become embedding and head.
+        up_scaled: whether scales come through from up to down.
     """
 
     recipe: Recipe
@@ -124,6 +126,8 @@ class Card(Identity):
     perplexities: tuple[TextPerplexity, ...]
     calibration: CalibrationText | None
     versions: Mapping[str, str]
+    untied: bool = False
+    up_scaled: bool = True
 
 
 @dataclass(frozen=True)
@@ -309,7 +313,7 @@ def _quantized(scheme: Scheme) -> dict[str, str]:
         "their inputs": "16 bits"
         if activations.bits == 16
         else f"int{activations.bits} {_symmetry(activations.symmetric)}, dynamic, one "
-        f"scale per token{clipped(activations.clip_ratio)}",
+        f"scale per token{clipped(activations.kept())}",
         "KV cache": "16 bits"
         if scheme.kv_cache.bits == 16
         else f"int{scheme.kv_cache.bits} asymmetric, one scale and zero per token and "
@@ -331,19 +335,20 @@ def _transforms(card: Card) -> dict[str, str]:
     for name, rotation in card.config.rotations:
         if isinstance(rotation, Rotation):
             rows[_PLACES[name]] = _rotation(rotation)
+    up = ", up and down" if card.up_scaled else ""
     if card.recipe.transforms.scales_are_learned:
-        places = "between norms and linears, v and o, k and q, up and down"
+        places = f"between norms and linears, v and o, k and q{up}"
         rows[places] = "learned scales, folded"
     elif card.recipe.transforms.equalize:
-        rows["between up and down, v and o"] = "scales from weights and inputs, folded"
+        rows[f"between v and o{up}"] = "scales from weights and inputs, folded"
     if card.recipe.transforms.smooth is not None:
-        rows["between norms and linears, up and down, v and o"] = (
+        rows[f"between norms and linears, v and o{up}"] = (
             f"SmoothQuant's scales, alpha {card.recipe.transforms.smooth}, folded"
         )
     if card.recipe.weights.method == "omniquant":
         let = card.recipe.omniquant.let
         if card.config.scheme.activations.bits != 16 if let is None else let:
-            rows["between norms and linears, v and o, q and k, up and down"] = (
+            rows[f"between norms and linears, v and o, q and k{up}"] = (
                 "scales that OmniQuant learned, folded"
             )
     return rows

@@ -7,11 +7,14 @@ from torch.nn import functional
 from ..architecture import ModelShape
 
 
-def activated(gate: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """What an MLP multiplies the output of up by."""
-    if shape.architecture.activation == "silu":
-        return functional.silu(gate)
-    return functional.gelu(gate, approximate="tanh")
+def activated(x: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """An MLP's activation, of gate where there is one and else of up."""
+    match shape.architecture.activation:
+        case "silu":
+            return functional.silu(x)
+        case "relu":
+            return functional.relu(x)
+    return functional.gelu(x, approximate="tanh")
 
 
 def soft_capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -107,10 +107,12 @@ class Estimate:
         for unit, seconds in (("min", 60), ("h", 3600)):
             if self.seconds >= 2 * seconds:
                 took = f"{self.seconds / seconds:.0f} {unit}"
-        files = f", {_size(self.scratch)} of scratch files" if self.scratch else ""
+        files = ""
+        if self.scratch:
+            files = f", {readable_size(self.scratch)} of scratch files"
         return (
-            f"estimate: {_size(self.memory)} of memory{files}, "
-            f"{_size(self.output)} of checkpoint, about {took}"
+            f"estimate: {readable_size(self.memory)} of memory{files}, "
+            f"{readable_size(self.output)} of checkpoint, about {took}"
         )
 
     def check(self, on_disk: "Estimate | None") -> None:
@@ -128,12 +130,12 @@ class Estimate:
         help_ = "use fewer or shorter samples, or a recipe that trains less at a time"
         if on_disk is not None and on_disk.memory <= there:
             help_ = (
-                f"--scratch DIR takes {_size(on_disk.memory)}, and "
-                f"{_size(on_disk.scratch)} of disk in DIR"
+                f"--scratch DIR takes {readable_size(on_disk.memory)}, and "
+                f"{readable_size(on_disk.scratch)} of disk in DIR"
             )
         raise ConfigError(
-            f"calibrating takes about {_size(self.memory)} of memory, {_size(there)} "
-            f"are available; {help_}"
+            f"calibrating takes about {readable_size(self.memory)} of memory, "
+            f"{readable_size(there)} are available; {help_}"
         )
 
 
@@ -148,7 +150,8 @@ def available_memory() -> int:
     return there if limit == "max" else min(there, int(limit) - used)
 
 
-def _size(size: float) -> str:
+def readable_size(size: float) -> str:
+    """Bytes for a message, in MiB or GiB."""
     gib = size / (1 << 30)
     return f"{gib:.1f} GiB" if gib >= 1 else f"{size / (1 << 20):.0f} MiB"
 
@@ -274,6 +277,9 @@ class Estimator:
         shape = self.shape
         kept = _KEPT_HIDDEN * shape.hidden_size
         kept += _KEPT_INTERMEDIATE * shape.intermediate_size + self._scores()
+        if self.recipe.clip == "learned":
+            # How each element of an input moves with its ratio.
+            kept += sum(self.columns)
         return tokens * kept * _FLOAT
 
     def _chunk(self) -> int:

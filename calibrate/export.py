@@ -96,10 +96,10 @@ def export(
             "expect its stacked linears, and this checkpoint holds each by itself; "
             "supported: architectures without stacked linears"
         )
-    if shape.num_experts:
+    if shape.num_experts or shape.architecture.layer_norm:
         raise UnsupportedError(
-            f"{config_file}: {shape.architecture.name} cannot be exported: its experts "
-            "were never tested in vLLM without this plugin"
+            f"{config_file}: {shape.architecture.name} cannot be exported: it was "
+            "never tested in vLLM without this plugin"
         )
     check_output(output)
     _refuse_damage(checkpoint, shape, config, progress)

@@ -61,8 +61,10 @@ def _pyplot() -> Any:
 
 
 def _by_kind(observation: Observation) -> dict[str, list[Place]]:
-    places = observation.places
-    return {kind: [p for p in places if p.kind == kind] for kind in PLACES}
+    by_kind: dict[str, list[Place]] = {kind: [] for kind in PLACES}
+    for place in observation.places:
+        by_kind[place.kind].append(place)
+    return {kind: places for kind, places in by_kind.items() if places}
 
 
 def _surfaces(places: dict[str, list[Place]]) -> tuple[Any, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a bounded part of a file a user named."""
+"""Reading a bounded part of a file a user named, and replacing one as a whole."""
 
 import os
 from collections.abc import Iterator
@@ -53,3 +53,10 @@ def read_text(path: Path, characters: int) -> str:
         raise ConfigError(
             f"{path}: is not UTF-8 text, found byte 0x{byte:02x}"
         ) from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew, as a whole: whoever reads it finds the old or the new one."""
+    staging = path.with_name(f".{path.name}.new")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)

@@ -8,6 +8,7 @@ import torch
 
 from ..kernels.grid import IntGrid
 from ..schema import Scheme
+from .clips import SEARCH_TOKENS, search_ratio
 from .gptq import Compensation, GPTQOptions, Hessian, gptq
 from .quantize import Add, QuantizedMatrix, Ranges, round_to_nearest
 from .recipe_sections import WeightMethod
@@ -145,6 +146,8 @@ class StageQuantizer:
         recipe: method and settings.
         samples: windows to fit to, the first ones.
         chunk: windows at a time.
+        searches_clips: whether each stage's clip ratio is searched for before its
+            linears are quantized; it is put among those of the served model.
     """
 
     def __init__(
@@ -154,10 +157,12 @@ class StageQuantizer:
         recipe: WeightMethod,
         samples: int,
         chunk: int,
+        searches_clips: bool = False,
     ) -> None:
         # Of the layer at hand, once one is.
         self.models, self.scheme, self.recipe = models, scheme, recipe
         self.samples, self.chunk = samples, chunk
+        self.searches_clips = searches_clips
         # Of every expert, by its name in the model.
         self.tokens: dict[str, int] = {}
         self.options = GPTQOptions(
@@ -192,6 +197,8 @@ class StageQuantizer:
         chosen: torch.Tensor | None = None
         for stage, names in self.models.served.stages.items():
             compensation = None
+            if self.searches_clips:
+                self._search_clip(layer, stage, weights, plain_weights, x)
             if self.recipe.method != "rtn":
                 expert = stage.rpartition(".")[0]
                 if expert and chosen is None:
@@ -207,10 +214,29 @@ class StageQuantizer:
                 linears[name] = self._quantize(weight, compensation, fixed)
                 decoded = linears[name].decoded()
                 weights[f"{name}.weight"] = self.models.scratch.keep(decoded)
-            if stage == "o_input" and compensation is not None:
+            needed = compensation is not None or self.searches_clips
+            if stage == "o_input" and needed:
                 x = self._updated(self.models.served, weights, x)
                 y = self._updated(self.models.plain, plain_weights, y)
         return QuantizedLayer(linears, floats)
+
+    def _search_clip(
+        self,
+        layer: int,
+        stage: str,
+        weights: Tensors,
+        plain_weights: Tensors,
+        x: torch.Tensor,
+    ) -> None:
+        """Find what is kept of the range of a stage's input."""
+        served = self.models.served
+        grid = served.online.activations
+        assert grid is not None
+        few = x.split(self.chunk)[: -(-SEARCH_TOKENS // (self.chunk * x.shape[1]))]
+        inputs = [served.input_of(stage, weights, part) for part in few]
+        readers = [plain_weights[f"{name}.weight"] for name in served.stages[stage]]
+        ratio = search_ratio(inputs, readers, grid)
+        served.online.clip_ratios[layer][stage] = ratio
 
     def _updated(
         self, model: DecoderStages, weights: Tensors, x: torch.Tensor
@@ -255,7 +281,7 @@ class StageQuantizer:
             few = slice(start, start + self.chunk)
             part, plain_part = x[few], y[few]
             sent = None if every is None else every[few]
-            h = served.quantized(served.input_of(stage, weights, part, sent))
+            h = served.quantized(stage, served.input_of(stage, weights, part, sent))
             hessian = hessian or Hessian(h.shape[-1], h.device)
             if self.recipe.method == "gptaq":
                 hessian.add(h, plain.input_of(stage, plain_weights, plain_part, sent))

@@ -17,6 +17,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..kernels.grid import decode
 from ..kernels.hadamard_quantize.reference import transform
 from ..schema import Activations, KVCache, LowbitConfig, Rotations
+from .plan import served_shape
 from .qsur import SecondMoment, log_qsur
 from .reference_model import ReferenceModel
 from .reference_weights import QuantizedLinear
@@ -27,10 +28,11 @@ PLACES = {
     "self_attn.qkv_proj": "input of q, k, v",
     "self_attn.o_proj": "input of o_proj",
     "mlp.gate_up_proj": "input of gate, up",
+    "mlp.up_proj": "input of up",
     "mlp.down_proj": "input of down_proj",
 }
 # Those that read a norm.
-NORMED = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+NORMED = ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.up_proj")
 # Embeddings of 8 bits differ by less from those they were rounded from.
 SAME_MODEL = 0.1
 # Norm weights are stored in 16 bits; a difference below that is none.
@@ -151,7 +153,7 @@ def observe(
     plain, quantized = ReferenceModel(base), ReferenceModel(checkpoint)
     if quantized.config is None:
         raise ConfigError(f"{checkpoint}: is not quantized; a report compares one")
-    if plain.shape != quantized.shape:
+    if served_shape(plain.shape, quantized.config) != quantized.shape:
         raise ConfigError(
             f"{checkpoint}: its sizes are not those of {base}; name the model it was "
             "made from"
@@ -282,7 +284,7 @@ def _places(
         online = [transform(x, scale, order, linear.stride) for x in after[name]]
         stages = {"base model": before[name]}
         if model.rotation is not None and kind in NORMED:
-            stages["residual rotation"] = [_unit(x) for x in rotated]
+            stages["residual rotation"] = [_unit(x, plain) for x in rotated]
         yield Place(
             layer=layer,
             kind=kind,
@@ -314,8 +316,10 @@ def _inputs_of(
     return seen
 
 
-def _unit(stream: torch.Tensor) -> torch.Tensor:
-    """A norm without its weight."""
+def _unit(stream: torch.Tensor, model: ReferenceModel) -> torch.Tensor:
+    """A norm without weight and bias."""
+    if model.own.layer_norm:
+        stream = stream - stream.mean(dim=-1, keepdim=True)
     return stream * torch.rsqrt(stream.square().mean(dim=-1, keepdim=True))
 
 

@@ -17,17 +17,18 @@ from ..kernels.grid import TINY, IntGrid
 from ..kernels.quantize_weight.reference import best_clip
 from ..schema import Scheme
 from .block import Block
+from .clips import ratio_of, stored_ratio
 from .layer import LayerModels, Streams, Tensors
 from .quantize import Ranges
 from .recipe_sections import OmniQuant as Settings
 from .record import CalibrationRecord
-from .stages import LINEARS
+from .rotations import Orthogonal
+from .stages import linears_of, stages_of
 from .straight_through import on_grid, rounded, stored_as
 from .training import Group, Training
 from .transforms import (
     NORM_SCALES,
     LayerTransforms,
-    Orthogonal,
     fold_layer,
     scale_shapes,
     storable,
@@ -50,7 +51,10 @@ class OmniQuantOptions:
         batch: windows of a step.
         clip_rate: learning rate of clipping.
         scale_rate: of the logarithms of scales, and of shifts.
+        input_clip_rate: of the clip ratios of inputs.
         seed: of the order of windows.
+        clip_ratio: that the clip ratios of inputs start from, None where they are not
+            learned.
     """
 
     let: bool
@@ -60,10 +64,18 @@ class OmniQuantOptions:
     batch: int
     clip_rate: float
     scale_rate: float
+    input_clip_rate: float
     seed: int
+    clip_ratio: float | None = None
 
     @classmethod
-    def of(cls, recipe: Settings, scheme: Scheme, seed: int) -> "OmniQuantOptions":
+    def of(
+        cls,
+        recipe: Settings,
+        scheme: Scheme,
+        seed: int,
+        clip_ratio: float | None = None,
+    ) -> "OmniQuantOptions":
         """A recipe's, and for what it leaves open the published ones of a scheme."""
         two_bits = scheme.weights.bits == 2
         let, aug, epochs = recipe.let, recipe.aug, recipe.epochs
@@ -75,7 +87,9 @@ class OmniQuantOptions:
             batch=recipe.batch,
             clip_rate=recipe.clip_rate,
             scale_rate=recipe.scale_rate,
+            input_clip_rate=recipe.input_clip_rate,
             seed=seed,
+            clip_ratio=clip_ratio,
         )
 
 
@@ -144,6 +158,8 @@ class LearnedBlock:
         residual: rotation of the residual stream.
         transforms: where its scales start.
         let: whether they are trained.
+        clip_ratio: that those of its inputs start from; None where they are not
+            trained.
     """
 
     def __init__(
@@ -154,6 +170,7 @@ class LearnedBlock:
         residual: Orthogonal | None,
         transforms: LayerTransforms,
         let: bool,
+        clip_ratio: float | None = None,
     ) -> None:
         self.shape, self.tensors = models.served.shape, tensors
         self.residual, self.start = residual, transforms
@@ -171,8 +188,19 @@ class LearnedBlock:
         self._fixed = None if let else folded
         self.clips = {
             name: ClippedMatrix(folded[f"{name}.weight"], grid, weights.group_size)
-            for name in LINEARS
+            for name in linears_of(self.shape)
         }
+        self.input_clips: Tensors = {}
+        if clip_ratio is not None:
+            device = next(iter(tensors.values())).device
+            self.input_clips = {
+                stage: torch.tensor(clip_ratio, device=device)
+                for stage in stages_of(self.shape)
+            }
+
+    def clip_ratios(self) -> Tensors:
+        """Of its inputs, by stage; carry gradients."""
+        return {stage: ratio_of(raw) for stage, raw in self.input_clips.items()}
 
     def _log_scales(self) -> Tensors:
         logs = {}
@@ -271,7 +299,8 @@ class OmniQuant:
             progress: called with what is being done.
 
         Returns:
-            What its linears are rounded to, and the transforms to fold into it.
+            What its linears are rounded to, and the transforms to fold into it. Clip
+            ratios that were learned are put among those of the served model.
 
         Raises:
             CalibrationError: naming layer and step when a loss is not finite.
@@ -279,7 +308,13 @@ class OmniQuant:
         options, models = self.options, self.models.at(layer)
         name = f"model.layers.{layer}"
         learned = LearnedBlock(
-            models, self.scheme, tensors, residual, transforms, options.let
+            models,
+            self.scheme,
+            tensors,
+            residual,
+            transforms,
+            options.let,
+            options.clip_ratio,
         )
         with torch.no_grad():
             folded = learned.folded()
@@ -290,6 +325,9 @@ class OmniQuant:
         if options.let:
             let = [*learned.log_scales.values(), *learned.shifts.values()]
             groups.append(Group(let, options.scale_rate))
+        if learned.input_clips:
+            inputs = list(learned.input_clips.values())
+            groups.append(Group(inputs, options.input_clip_rate))
         batch = min(options.batch, samples)
         training = Training(
             name=f"omniquant.{name}",
@@ -302,6 +340,16 @@ class OmniQuant:
         def shown(step: int, loss: float) -> None:
             progress(f"{name}, step {step}/{training.steps}, loss {loss:.3g}")
 
-        block.train(learned.weights, groups, training, self.record, shown)
+        block.train(
+            learned.weights,
+            groups,
+            training,
+            self.record,
+            shown,
+            learned.clip_ratios if learned.input_clips else None,
+        )
         with torch.no_grad():
+            ratios = learned.clip_ratios().items()
+            found = models.served.online.clip_ratios[layer]
+            found.update({stage: stored_ratio(ratio) for stage, ratio in ratios})
             return learned.ranges(), learned.transforms()

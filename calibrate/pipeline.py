@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError
-from ..schema import Provenance
+from ..schema import LowbitConfig, Provenance
 from .calibration import Announce, Calibration, Progress
 from .learn.snapshot import Snapshot
 from .plan import plan, residual_is_replaced
@@ -59,13 +59,7 @@ def calibrate(
     device = choose_device(device)
     source = Source.open(model)
     recipe = recipe.sized(source.shape)
-    provenance = Provenance(
-        base_model=source.name,
-        base_revision=source.revision,
-        recipe=recipe.name,
-        recipe_sha256=recipe.sha256(),
-    )
-    config = plan(source.shape, recipe, f"{model}/config.json", provenance)
+    config = configure(source, recipe, model)
     samples, seq_len = recipe.data.samples, recipe.data.seq_len
     held_out, used = held_out_windows(samples), recipe.training_samples()
     everything = calibration_windows(
@@ -74,7 +68,7 @@ def calibrate(
     windows = torch.cat((everything[:samples], everything[used:]))
     training = everything[:used]
     snapshot = Snapshot.of(output, recipe, resume)
-    place = _scratch(scratch, device)
+    place = open_scratch(scratch, device)
     run = Calibration(
         source,
         config,
@@ -91,11 +85,32 @@ def calibrate(
         losses = run.run(writer)
         tokens, untouched = held_out * (seq_len - 1), run.untouched_experts
         replaced = residual_is_replaced(recipe, config)
+        config = run.served_config()
         report = Report(config, *losses, tokens, untouched, replaced)
         writer.write_text(CALIBRATION, run.record.text())
         publish(writer, source, recipe, text, report)
     snapshot.remove()
     return report
+
+
+def configure(source: Source, recipe: Recipe, model: str) -> LowbitConfig:
+    """The config of the checkpoint that a sized recipe makes.
+
+    Args:
+        source: the model.
+        recipe: of :meth:`.recipe.Recipe.sized`.
+        model: what errors call it.
+
+    Raises:
+        UnsupportedError: when the recipe does not fit the model.
+    """
+    provenance = Provenance(
+        base_model=source.name,
+        base_revision=source.revision,
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256(),
+    )
+    return plan(source.shape, recipe, f"{model}/config.json", provenance)
 
 
 def choose_device(device: str) -> str:
@@ -114,7 +129,12 @@ def choose_device(device: str) -> str:
     return device
 
 
-def _scratch(directory: Path | None, device: str) -> Scratch:
+def open_scratch(directory: Path | None, device: str) -> Scratch:
+    """Where large tensors live.
+
+    Raises:
+        ConfigError: for a directory that cannot be used, or a device that needs none.
+    """
     if directory is None:
         return Scratch()
     if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recipe to what the checkpoint will say and what each layer is folded with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..architecture import (
-    MIN_BLOCK,
-    PARALLEL_SIZES,
-    ModelShape,
-    check_scheme,
-    order_per_shard,
-)
-from ..errors import UnsupportedError
+from ..architecture import ModelShape
+from ..errors import ConfigError, UnsupportedError
+from ..kernels.grid import IntGrid
 from ..kernels.hadamard.matrices import largest_order
 from ..kernels.hadamard.signs import random_signs
-from ..load_time import activation_grid
+from ..placement import MIN_BLOCK, PARALLEL_SIZES, check_scheme, order_per_shard
 from ..schema import (
     LowbitConfig,
     Provenance,
@@ -25,8 +20,9 @@ from ..schema import (
     scheme_from_name,
 )
 from .recipe import Recipe
+from .rotations import Orthogonal, SignedHadamard, of_stream
 from .stages import Online
-from .transforms import LayerTransforms, SignedHadamard
+from .transforms import LayerTransforms
 
 
 def plan(
@@ -42,6 +38,7 @@ def plan(
 
     Raises:
         UnsupportedError: when the scheme or a transform does not fit the sizes.
+        ConfigError: when windows are longer than the model has positions.
     """
     scheme = scheme_from_name(
         recipe.scheme,
@@ -54,6 +51,9 @@ def plan(
         _refuse_for_experts(recipe, f"{source}: {shape.architecture.name}")
     if shape.architecture.output_norms:
         recipe = _without_residual(shape, recipe, source)
+    _check_positions(shape, recipe, source)
+    if _unties(shape, recipe.transforms.residual != "none"):
+        shape = replace(shape, tie_word_embeddings=False)
     return LowbitConfig(
         scheme=scheme,
         rotations=_rotations(shape, recipe, scheme, source),
@@ -61,11 +61,37 @@ def plan(
     )
 
 
+def served_shape(shape: ModelShape, config: LowbitConfig) -> ModelShape:
+    """Sizes of the model of a checkpoint, from those of its base model.
+
+    Where the stream of a model with LayerNorms is rotated, an embedding that is its
+    head becomes two matrices, as the final norm's bias goes into the head.
+    """
+    if _unties(shape, config.rotations.residual is not None):
+        return replace(shape, tie_word_embeddings=False)
+    return shape
+
+
+def _unties(shape: ModelShape, rotated: bool) -> bool:
+    return rotated and shape.architecture.layer_norm and shape.tie_word_embeddings
+
+
+def _check_positions(shape: ModelShape, recipe: Recipe, source: str) -> None:
+    """Raise ConfigError for windows longer than a table of learned positions."""
+    most, seq_len = shape.longest, recipe.data.seq_len
+    if most is not None and seq_len > most:
+        raise ConfigError(
+            f"data.seq_len {seq_len}: {source} has positions of {most} tokens"
+        )
+
+
 def _refuse_for_experts(recipe: Recipe, model: str) -> None:
     """Raise UnsupportedError naming what a mixture of experts cannot have yet."""
     asked = {
         "transforms.smooth": recipe.transforms.smooth is not None,
         "weights.method omniquant": recipe.weights.method == "omniquant",
+        f"activations.clip {recipe.activations.clip}": recipe.activations.clip
+        != "fixed",
         "a learned transform": recipe.learns,
         f"refine.scope {recipe.refine.scope}": recipe.refine.scope != "none",
     }
@@ -184,7 +210,7 @@ class Transforms:
     Those of kind ``orthogonal`` are in the weights only, and not among these.
     """
 
-    residual: SignedHadamard | None
+    residual: Orthogonal | None
     down: SignedHadamard | None
     key: SignedHadamard | None
     attn_input: SignedHadamard | None
@@ -210,7 +236,7 @@ class Transforms:
             signs = random_signs(rotations.v.sign_seed, shape.num_layers * width)
             value_signs = signs.view(shape.num_layers, width)
         return cls(
-            residual=signed(rotations.residual, shape.hidden_size),
+            residual=of_stream(signed(rotations.residual, shape.hidden_size), shape),
             down=signed(rotations.down_input, shape.intermediate_size),
             key=signed(rotations.k, shape.head_dim),
             attn_input=signed(rotations.attn_input, shape.hidden_size),
@@ -233,9 +259,12 @@ class Transforms:
 
 
 def online(scheme: Scheme, transforms: Transforms) -> Online:
-    """What the server will do to activations."""
+    """What the server will do to activations, but for clip ratios yet to be found."""
+    chosen = scheme.activations
     return Online(
-        activations=activation_grid(scheme),
+        activations=None
+        if chosen.bits == 16
+        else IntGrid(chosen.bits, chosen.symmetric, clip_ratio=chosen.clip_ratio),
         kv4=scheme.kv_cache.bits == 4,
         key=transforms.key,
         down=transforms.down,

@@ -11,6 +11,7 @@ from typing import Any
 from ..lowbit_checkpoint import RECIPE
 from ..schema import LowbitConfig
 from .card import CalibrationText, Card, TextPerplexity, base_metadata, write_card
+from .plan import served_shape
 from .recipe import Recipe
 from .source import Source
 from .writer import CheckpointWriter
@@ -74,14 +75,22 @@ def publish(
         perplexities=(measured,),
         calibration=CalibrationText(text.name, data.samples, data.seq_len, recipe.seed),
         versions={package: version(package) for package in PACKAGES},
+        untied=_is_untied(source, report.config),
+        up_scaled=source.shape.architecture.passes_up_scale,
     )
     write_card(writer.staging, card)
     writer.commit(_model_config(source, report.config))
+
+
+def _is_untied(source: Source, config: LowbitConfig) -> bool:
+    return served_shape(source.shape, config) != source.shape
 
 
 def _model_config(source: Source, config: LowbitConfig) -> dict[str, Any]:
     """config.json of the base model with the quantization in it."""
     text = (source.directory / "config.json").read_text(encoding="utf-8")
     model: dict[str, Any] = json.loads(text)
+    if _is_untied(source, config):
+        model["tie_word_embeddings"] = False
     quantization = config.model_dump(mode="json", exclude_none=True)
     return model | {"quantization_config": quantization}

@@ -31,6 +31,7 @@ from .recipe_sections import (
     GPTQ_METHODS,
     MODEL_ONLY,
     ActivationGrid,
+    Clip,
     Data,
     Learn,
     OmniQuant,
@@ -43,6 +44,21 @@ from .strict_yaml import KeyPath, parse_mapping
 RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 1 << 16
 MAX_SEED = (1 << 63) - 1
+# Of the sections in a text, whose hash says what a checkpoint was made by.
+_ORDER = (
+    "name",
+    "scheme",
+    "transforms",
+    "learn",
+    "weights",
+    "omniquant",
+    "refine",
+    "activations",
+    "vocab_bits",
+    "data",
+    "seed",
+)
+_DECIDE_LEARNING = ("scheme", "transforms", "weights", "activations")
 
 
 class Recipe(StrictModel):
@@ -52,13 +68,14 @@ class Recipe(StrictModel):
     """What the checkpoint calls it; :meth:`sha256` identifies it."""
     scheme: str = DEFAULT_SCHEME
     """A name :func:`~vllm_lowbit.schema.scheme_from_name` knows."""
+    # What is learned follows from these three; a text has its sections in _ORDER.
     transforms: Transforms = Transforms()
-    learn: Learn = Learn()
     weights: WeightMethod = WeightMethod()
+    activations: ActivationGrid = ActivationGrid()
+    learn: Learn = Learn()
     omniquant: OmniQuant = OmniQuant()
     """Of ``weights.method`` omniquant."""
     refine: Refine = Refine()
-    activations: ActivationGrid = ActivationGrid()
     vocab_bits: Literal[8, 16] = 16
     data: Data = Data()
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
@@ -79,6 +96,16 @@ class Recipe(StrictModel):
                 f"has no effect with weights.method {weights.method}, remove it or use "
                 "omniquant"
             )
+        grid = info.data.get("activations")
+        if (
+            grid is not None
+            and grid.clip != "learned"
+            and "input_clip_rate" in value.model_fields_set
+        ):
+            raise ValueError(
+                f"input_clip_rate has no effect with activations.clip {grid.clip}, "
+                "remove it or use learned"
+            )
         return value
 
     @field_validator("weights")
@@ -96,20 +123,50 @@ class Recipe(StrictModel):
             )
         return value
 
+    @field_validator("activations")
+    @classmethod
+    def _clips_as_asked(
+        cls, value: ActivationGrid, info: ValidationInfo
+    ) -> ActivationGrid:
+        transforms, weights = (info.data.get(n) for n in ("transforms", "weights"))
+        if transforms is None or weights is None:  # wrong itself
+            return value
+        if value.clip == "learned" and transforms.smooth is not None:
+            raise ValueError(
+                "clip learned is not supported with transforms.smooth, whose scales "
+                "are not there yet while clip ratios are learned; use clip searched"
+            )
+        trained = transforms.rotations_are_learned or transforms.scales_are_learned
+        if (
+            value.clip == "searched"
+            and "clip_ratio" in value.model_fields_set
+            and not (trained or weights.method == "omniquant")
+        ):
+            raise ValueError(
+                "clip_ratio has no effect with clip searched where nothing is learned, "
+                "remove it"
+            )
+        return value
+
     @field_validator("learn")
     @classmethod
-    def _learns(cls, learn: Learn, info: ValidationInfo) -> Learn:
-        transforms = info.data.get("transforms")
-        if transforms is None:  # wrong itself
+    def _is_learned(cls, learn: Learn, info: ValidationInfo) -> Learn:
+        known: list[Any] = [info.data.get(name) for name in _DECIDE_LEARNING]
+        if None in known:  # wrong itself
             return learn
-        if not (transforms.rotations_are_learned or transforms.scales_are_learned):
+        _, transforms, _, activations = known
+        if not _learns(*known):
             raise ValueError(
                 "has no effect without a transform that is learned, remove it or set "
-                "transforms.residual, value or scales to learned"
+                "transforms.residual, value or scales to learned, or activations.clip "
+                "for quantized inputs and any method but omniquant"
             )
-        unused = sorted(Learn.without_effect(transforms) & learn.model_fields_set)
+        unused = sorted(
+            Learn.without_effect(transforms, activations.clip) & learn.model_fields_set
+        )
         if unused:
-            what = "scale" if unused == ["scale_lr"] else "rotation"
+            whats = {"scale_lr": "scale", "clip_lr": "clip ratio"}
+            what = whats.get(unused[0], "rotation")
             raise ValueError(
                 f"{', '.join(unused)} has no effect where no {what} is learned, "
                 "remove it"
@@ -118,9 +175,15 @@ class Recipe(StrictModel):
 
     @property
     def learns(self) -> bool:
-        """Whether any transform is learned."""
-        transforms = self.transforms
-        return transforms.rotations_are_learned or transforms.scales_are_learned
+        """Whether any transform or clip ratio is learned end to end."""
+        return _learns(*(getattr(self, name) for name in _DECIDE_LEARNING))
+
+    @property
+    def clip(self) -> Clip:
+        """How clip ratios of inputs are found; fixed where inputs are not quantized."""
+        if scheme_from_name(self.scheme).activations.bits == 16:
+            return "fixed"
+        return self.activations.clip
 
     def sized(self, shape: ModelShape) -> Self:
         """This recipe with steps and tokens per step of learning filled in.
@@ -192,13 +255,16 @@ class Recipe(StrictModel):
     def _mapping(self) -> dict[str, Any]:
         data = self.model_dump()
         if self.learns:
-            data["learn"] = self.learn.mapping(self.transforms)
+            learn = self.learn.mapping(self.transforms, self.activations.clip)
+            data["learn"] = learn
         else:
             del data["learn"]
         if self.transforms.smooth is None:
             del data["transforms"]["smooth"]
         if self.activations.clip_ratio == 1:
             del data["activations"]["clip_ratio"]
+        if self.activations.clip == "fixed":
+            del data["activations"]["clip"]
         method = self.weights.method
         if method not in GPTQ_METHODS:
             data["weights"] = {"method": method}
@@ -206,12 +272,26 @@ class Recipe(StrictModel):
             del data["weights"]["correction"]
         if method != "omniquant":
             del data["omniquant"]
+        elif self.activations.clip != "learned":
+            del data["omniquant"]["input_clip_rate"]
         if self.refine.scope == "none":
             del data["refine"]
         elif self.refine.scope == "layer":
             for key in MODEL_ONLY:
                 del data["refine"][key]
-        return data
+        return {key: data[key] for key in _ORDER if key in data}
+
+
+def _learns(
+    scheme: str, transforms: Transforms, weights: WeightMethod, grid: ActivationGrid
+) -> bool:
+    """Whether anything is learned end to end."""
+    clips = (
+        grid.clip == "learned"
+        and weights.method != "omniquant"
+        and scheme_from_name(scheme).activations.bits != 16
+    )
+    return clips or transforms.rotations_are_learned or transforms.scales_are_learned
 
 
 def built_in_recipes() -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from ..schema import StrictModel
+from ..schema import ClipRatio, StrictModel
 
 _GPTQ_ONLY = ("damping", "block_size", "act_order")
 GPTQ_METHODS = ("gptq", "gptaq")
@@ -13,6 +13,7 @@ MODEL_ONLY = ("samples", "top_k")
 
 Transform = Literal["hadamard", "none"]
 Rotation = Literal["hadamard", "learned", "none"]
+Clip = Literal["fixed", "searched", "learned"]
 
 
 class Transforms(StrictModel):
@@ -78,6 +79,8 @@ class Learn(StrictModel):
     """Of the first step; decays to 0 as a half cosine."""
     scale_lr: Annotated[float, Field(gt=0, le=1)] = 0.006
     """The same of the scales' logarithms."""
+    clip_lr: Annotated[float, Field(gt=0, le=1)] = 0.002
+    """The same of the inputs' clip ratios, where ``activations.clip`` is learned."""
     steps: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     """null: by the size of the model."""
     tokens_per_step: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
@@ -103,8 +106,8 @@ class Learn(StrictModel):
             raise ValueError("has an effect with quantize_weights true only, remove it")
         return value
 
-    def mapping(self, transforms: Transforms) -> dict[str, Any]:
-        """Every key that has an effect with these transforms."""
+    def mapping(self, transforms: Transforms, clip: Clip) -> dict[str, Any]:
+        """Every key that has an effect with transforms and ``activations.clip``."""
         data = self.model_dump()
         unused: set[str] = set()
         if self.loss != "kl_top":
@@ -114,17 +117,19 @@ class Learn(StrictModel):
         return {
             key: value
             for key, value in data.items()
-            if key not in unused | self.without_effect(transforms)
+            if key not in unused | self.without_effect(transforms, clip)
         }
 
     @staticmethod
-    def without_effect(transforms: Transforms) -> set[str]:
-        """Keys that mean nothing with these transforms."""
+    def without_effect(transforms: Transforms, clip: Clip) -> set[str]:
+        """Keys that mean nothing with these transforms and ``activations.clip``."""
         keys: set[str] = set()
         if not transforms.rotations_are_learned:
             keys |= {"start", "optimizer", "rotation_lr"}
         if not transforms.scales_are_learned:
             keys.add("scale_lr")
+        if clip != "learned":
+            keys.add("clip_lr")
         return keys
 
 
@@ -177,6 +182,9 @@ class OmniQuant(StrictModel):
     """Learning rate of clipping."""
     scale_rate: Rate = 5e-3
     """Learning rate of scales."""
+    input_clip_rate: Rate = 1e-3
+    """Learning rate of the inputs' clip ratios, where ``activations.clip`` is learned.
+    """
 
 
 class Refine(StrictModel):
@@ -214,8 +222,13 @@ class ActivationGrid(StrictModel):
     """Grid of the linear inputs; their bits are the scheme's."""
 
     symmetric: bool = False
-    clip_ratio: Annotated[float, Field(ge=0.5, le=1)] = 1.0
-    """Fraction of each token's range that is kept."""
+    clip: Clip = "fixed"
+    """Whether every input of every layer gets a ratio of its own: for least squared
+    error of its linears' outputs, or learned with the transforms, by method omniquant
+    block by block (see clips.py)."""
+    clip_ratio: ClipRatio = 1.0
+    """Fraction of each token's range that is kept; where they are learned, what they
+    start from; where they are searched for, what is kept until then."""
 
 
 class Data(StrictModel):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from ..architecture import ROUTER, ModelShape, check_scheme, flag_only_rotations
+from ..architecture import ROUTER, ModelShape
 from ..checkpoint import check_plain_checkpoint
 from ..errors import ConfigError
 from ..kernels.kv4_attention.generic import kv4_attention
@@ -22,6 +22,7 @@ from ..kernels.kv4_store.generic import kv4_store
 from ..kernels.kv4_store.layout import bytes_per_token
 from ..lowbit_checkpoint import read_config
 from ..manifest import require_headers
+from ..placement import check_scheme, flag_only_rotations
 from ..rotations import check_rotations
 from ..schema import LowbitConfig, Scheme
 from ..takeover.checkpoint import check_foreign_checkpoint, read_quantization
@@ -29,10 +30,11 @@ from ..takeover.foreign import ForeignFormat
 from ..verification import Verification
 from .elementwise import activated, embedding_scale, soft_capped
 from .reference_weights import WeightReader
-from .rotary import RotaryEmbedding, model_config
+from .rotary import RotaryEmbedding, model_config, norm_eps
 from .routing import route
 
 _BLOCK_SIZE = 16
+_KINDS = ("weight", "bias")
 
 
 def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
@@ -100,12 +102,14 @@ class ReferenceModel:
         self.config, self.dtype = config, dtype
         self.scheme_name = self.config.scheme.name if self.config else "float"
         hf_config = model_config(model, self.shape)
-        self.eps = float(hf_config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(hf_config, self.shape)
+        self.eps = norm_eps(hf_config, self.shape)
+        self.rotary: RotaryEmbedding | None = None
+        if not self.shape.positions:
+            self.rotary = RotaryEmbedding(hf_config, self.shape)
         self.own = self.shape.architecture
         reader = WeightReader(Path(model), self.shape, self.config, stored, dtype)
         self.tensors = reader.norms() | reader.routers()
-        self.vocabulary = reader.vocabulary()
+        self.vocabulary, self.positions = reader.vocabulary(), reader.positions()
         self.linears = reader.linears()
 
     @torch.no_grad()
@@ -119,7 +123,7 @@ class ReferenceModel:
                 is a single one.
         """
         lengths = [len(token_ids)] if lengths is None else list(lengths)
-        x = self.look_up(token_ids)
+        x = self.look_up(token_ids, lengths)
         residual = torch.zeros_like(x)
         for layer in range(self.shape.num_layers):
             prefix = f"model.layers.{layer}."
@@ -131,13 +135,30 @@ class ReferenceModel:
         logits = self.vocabulary.logits(h, self.dtype).to(self.dtype)
         return soft_capped(logits, self.shape.logits_cap).float()
 
-    def look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def look_up(
+        self, token_ids: torch.Tensor, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """What the residual stream starts with, float32 ``[tokens, hidden]``.
 
-        The first norm sees it before it is rounded into the stream.
+        An RMSNorm sees it before it is rounded into the stream.
+
+        Args:
+            token_ids: int64 ``[tokens]``.
+            lengths: as for a call.
+
+        Raises:
+            ConfigError: for a sequence longer than the table of positions.
         """
         rows = self._round(self.vocabulary.look_up(token_ids))
-        return rows * embedding_scale(self.shape, self.dtype)
+        rows = rows * embedding_scale(self.shape, self.dtype)
+        if self.positions is None:
+            return rows
+        lengths, most = lengths or [len(token_ids)], len(self.positions)
+        if max(lengths) > most:
+            raise ConfigError(
+                f"a sequence of {max(lengths)} tokens: the model has {most} positions"
+            )
+        return rows + torch.cat([self.positions[:n] for n in lengths])
 
     def block(self, name: str, stream: torch.Tensor) -> torch.Tensor:
         """What one block adds to the residual stream of one sequence.
@@ -187,15 +208,15 @@ class ReferenceModel:
         return self._round(total)
 
     def _mlp(self, h: torch.Tensor, name: str) -> torch.Tensor:
-        gate_up = self._run(f"{name}.gate_up_proj", h)
-        return self._run(f"{name}.down_proj", self._gated(gate_up))
+        out = self._run(f"{name}.{self.shape.mlp_input}", h)
+        return self._run(f"{name}.down_proj", self._activated(out))
 
     def _cos_sin(
-        self, layer: int, lengths: list[int]
+        self, rotary: RotaryEmbedding, layer: int, lengths: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every position in a layer, ``[tokens, head_dim]`` each."""
         positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-        cos, sin = self.rotary(torch.empty(0), positions, layer)
+        cos, sin = rotary(torch.empty(0), positions, layer)
         return self._round(cos[0]), self._round(sin[0])
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
@@ -207,19 +228,24 @@ class ReferenceModel:
     def _add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """RMSNorm of ``x + residual``, and that sum as the new residual.
+        """Norm of ``x + residual``, and that sum as the new residual.
 
-        The norm sees the sum before it is rounded into the residual stream.
+        An RMSNorm sees the sum before it is rounded into the residual stream, a
+        LayerNorm after.
         """
-        x = x + residual
-        return self._norm(x, name), self._round(x)
+        total = x + residual
+        rounded = self._round(total)
+        return self._norm(rounded if self.own.layer_norm else total, name), rounded
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """RMSNorm over the last dimension."""
+        """A norm over the last dimension."""
         return self._round(self._normed(x, name))
 
     def _normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The same before it is rounded."""
+        if self.own.layer_norm:
+            weight, bias = (self.tensors[f"{name}.{kind}"] for kind in _KINDS)
+            return functional.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         variance = x.pow(2).mean(dim=-1, keepdim=True)
         return x * torch.rsqrt(variance + self.eps) * self._gain(name)
 
@@ -227,8 +253,11 @@ class ReferenceModel:
         """What a norm multiplies by, float32."""
         return self.tensors[f"{name}.weight"] + self.own.norm_offset
 
-    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
+    def _activated(self, out: torch.Tensor) -> torch.Tensor:
+        """Input of down, from the output of gate and up, or of up alone."""
+        if not self.own.gated:
+            return self._round(activated(out, self.shape))
+        gate, up = out.chunk(2, dim=-1)
         return self._round(activated(gate, self.shape) * up)
 
     def _rope(
@@ -251,8 +280,9 @@ class ReferenceModel:
         if shape.architecture.qk_norm:
             q = self._norm(q, prefix + "self_attn.q_norm")
             k = self._norm(k, prefix + "self_attn.k_norm")
-        cos, sin = self._cos_sin(layer, lengths)
-        q, k = (self._rope(t, cos, sin) for t in (q, k))
+        if self.rotary is not None:
+            cos, sin = self._cos_sin(self.rotary, layer, lengths)
+            q, k = (self._rope(t, cos, sin) for t in (q, k))
         attend: Callable[..., torch.Tensor] = _attend
         if self.config is not None and self.config.scheme.kv_cache.bits == 4:
             rotate = self.config.rotations.k is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..architecture import ROUTER, ModelShape
+from ..architecture import POSITIONS, ROUTER, ModelShape
 from ..checkpoint import safetensors_files
 from ..kernels.grid import IntGrid
 from ..kernels.hadamard.signs import random_signs
@@ -22,7 +22,6 @@ from ..kernels.linear_w4a4.reference import linear_w4a4
 from ..kernels.linear_wna16.generic import linear_wna16
 from ..kernels.quantize_weight.reference import quantize_weight
 from ..load_time import (
-    FUSED,
     QuantizedWeight,
     activation_grid,
     equalizing_scale,
@@ -31,13 +30,15 @@ from ..load_time import (
     rotations_of,
 )
 from ..lowbit_checkpoint import HEAD_SCALE, VOCABULARY, PackedWeight, residual_is_online
+from ..module_names import FUSED
 from ..schema import LowbitConfig, Rotation, Weights
 from ..takeover.foreign import ForeignFormat
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+# Last parts of the names of tensors that hold a quantized matrix.
+PACKED = ("weight_packed", "weight_scale", "weight_zero_point")
 # Of 8-bit codes less their zero point, or of narrower ones.
 _WEIGHT_MAX = 1 << 8
-_ATTENTION, _MLP = ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -185,26 +186,45 @@ class WeightReader:
         for path in safetensors_files(directory):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    self._tensors[shape.named_here(name)] = file.get_tensor(name)
+                    here = shape.names.here(shape.names.whole(name))
+                    self._tensors[here] = file.get_tensor(name)
         self._shared_scales: dict[str, torch.Tensor] = {}
-        if stored is None:
+        if not isinstance(stored, ForeignFormat):
             self._split()
 
     def _split(self) -> None:
-        """Give each linear that the files stack with others its own tensor."""
-        fused = {}
+        """Give each linear its own ``[outputs, inputs]``, also where files have not."""
+        plain, here = self._stored is None, self._shape.names.here
+        stacked = set()
         for name in self._shape.tensors():
-            file_name, rows = self._shape.in_plain(name)
-            if rows != slice(None):
-                fused[file_name] = self._tensors[file_name]
-                self._tensors[name] = fused[file_name][rows]
-        for name in fused:
+            module, _, kind = name.rpartition(".")
+            kinds = [kind] if plain or kind != "weight" else [kind, *PACKED]
+            for one in (f"{module}.{kind}" for kind in kinds):
+                where = self._shape.in_plain if plain else self._shape.in_lowbit
+                stored, rows = where(one)
+                file_name = one if rows == slice(None) else here(stored)
+                if file_name not in self._tensors:
+                    continue
+                tensor = self._tensors[file_name]
+                if plain and self._shape.is_transposed(name):
+                    tensor = tensor.t()
+                self._tensors[one] = tensor[rows].contiguous()
+                if file_name != one:
+                    stacked.add(file_name)
+        for name in stacked:
             del self._tensors[name]
 
     def norms(self) -> dict[str, torch.Tensor]:
-        """Weights of the norms, float32 ``[hidden]``, by the tensor's name."""
-        names = [name for name in self._tensors if name.endswith("norm.weight")]
+        """Weights and biases of the norms, float32 ``[hidden]``, by their names."""
+        ends = ("norm.weight", "norm.bias")
+        names = [name for name in self._tensors if name.endswith(ends)]
         return {name: self._float(name) for name in names}
+
+    def positions(self) -> torch.Tensor | None:
+        """Learned ones from that of the first token on, float32 ``[n, hidden]``."""
+        if not self._shape.positions:
+            return None
+        return self._float(POSITIONS)[self._shape.architecture.position_rows :]
 
     def routers(self) -> dict[str, torch.Tensor]:
         """float32 ``[experts, hidden]`` of each layer, by the tensor's name."""
@@ -216,8 +236,9 @@ class WeightReader:
 
         Those of experts are named one by one.
         """
-        blocks = [("self_attn", _ATTENTION)]
-        blocks += [(mlp, _MLP) for mlp in self._shape.mlps()]
+        of_mlp = (self._shape.mlp_input, "down_proj")
+        blocks = [("self_attn", ("qkv_proj", "o_proj"))]
+        blocks += [(mlp, of_mlp) for mlp in self._shape.mlps()]
         linears = {}
         for layer in range(self._shape.num_layers):
             prefix = f"model.layers.{layer}."
@@ -277,7 +298,7 @@ class WeightReader:
             bias=bias,
             order=1 if online is None else online.order,
             stride=1 if online is None else online.stride,
-            activations=activation_grid(self._config.scheme),
+            activations=activation_grid(self._config.scheme, f"{block}.{name}"),
             dtype=self._dtype,
         )
 

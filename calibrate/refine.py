@@ -145,7 +145,7 @@ def _logits(
     x = vocabulary.look_up(ids)
     for index, weights in enumerate(layers):
         x = through(model.at(index), weights, x)
-    return vocabulary.logits(model.norm(x, vocabulary.norm))
+    return vocabulary.logits(model.norm(x, *vocabulary.final_norm))
 
 
 def groups_of(layers: Sequence[LearnedLayer], options: Refine) -> list[Group]:

@@ -52,6 +52,12 @@ def _of_type(config: PreTrainedConfig, kind: str) -> LlamaRotaryEmbedding:
     return LlamaRotaryEmbedding(own)
 
 
+def norm_eps(config: PreTrainedConfig, shape: ModelShape) -> float:
+    """What every norm of a model adds to the variance."""
+    given = shape.architecture.norm_eps
+    return float(getattr(config, given) if isinstance(given, str) else given)
+
+
 def model_config(directory: Path | str, shape: ModelShape) -> PreTrainedConfig:
     """config.json of a model, with what its architecture takes for missing keys.
 

@@ -23,6 +23,7 @@ from .reference_model import ReferenceModel, load_time_config
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Attention of the reference is quadratic in it, and the logits are in float64.
 REFERENCE_TOKENS = 512
+_POSITIONS = "max_position_embeddings"
 LossesOf = Callable[[Iterable[Scored]], Iterator[float]]
 
 
@@ -58,11 +59,11 @@ class Target:
         source = f"{model}/config.json"
         shape = ModelShape.from_config(data, source)
         # What transformers assumes where a config does not say.
-        max_positions = data.get("max_position_embeddings", 2048)
+        key = shape.architecture.keys.get(_POSITIONS, _POSITIONS)
+        max_positions = data.get(key, shape.architecture.defaults.get(key, 2048))
         if type(max_positions) is not int:
             raise ConfigError(
-                f"{source}: max_position_embeddings must be an integer, got "
-                f"{shorten(max_positions)}"
+                f"{source}: {key} must be an integer, got {shorten(max_positions)}"
             )
         chosen = None
         if scheme is not None:

@@ -13,8 +13,9 @@ import torch
 
 from ..architecture import ModelShape
 from .equalize import LARGEST
-from .stages import STAGES, DecoderStages
-from .transforms import LayerTransforms, Orthogonal, gain, norm_readers
+from .rotations import Orthogonal
+from .stages import DecoderStages
+from .transforms import LayerTransforms, gain, norm_readers
 
 
 def smooth_scales(
@@ -38,7 +39,8 @@ def smooth_scales(
         chunk: windows at a time.
 
     Returns:
-        ``transforms`` with every scale but that of the keys.
+        ``transforms`` with every scale but that of the keys, and that between up and
+        down where no scale comes through the activation.
     """
     before_attention, before_mlp = streams
     norms = dict(
@@ -56,7 +58,7 @@ def smooth_scales(
 
     def scale(stage: str, group: int = 1, heads: int = 1) -> torch.Tensor:
         largest = [x.abs().flatten(0, -2).amax(dim=0) for x in inputs(stage)]
-        matrices = [weights[f"{name}.weight"].double() for name in STAGES[stage]]
+        matrices = [weights[f"{name}.weight"].double() for name in model.stages[stage]]
         if residual is not None and stage in norms:
             own = gain(weights[f"{norms[stage]}.weight"].double(), model.shape)
             matrices = [residual.right(matrix * own) for matrix in matrices]
@@ -72,7 +74,7 @@ def smooth_scales(
         attn_scale=scale("attn_input"),
         mlp_scale=scale("mlp_input"),
         value_scale=scale("o_input", _group(shape), shape.num_kv_heads),
-        up_scale=scale("down_input"),
+        up_scale=scale("down_input") if shape.architecture.passes_up_scale else None,
     )
 
 

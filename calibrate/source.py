@@ -35,14 +35,14 @@ class Source:
         name: hub name, or the directory's own name.
         revision: commit of the hub it was taken from, None for a plain directory.
         shape: its sizes.
-        files: file of each tensor.
+        files: file of each tensor, and its name there.
     """
 
     directory: Path
     name: str
     revision: str | None
     shape: ModelShape
-    files: dict[str, Path]
+    files: dict[str, tuple[Path, str]]
 
     @classmethod
     def open(cls, model: str) -> "Source":
@@ -66,10 +66,10 @@ class Source:
             )
         shape = ModelShape.from_config(config, source)
         check_plain_checkpoint(str(directory), shape)
-        files: dict[str, Path] = {}
+        files: dict[str, tuple[Path, str]] = {}
         for path in safetensors_files(directory):
             with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
+                files |= {shape.names.whole(name): (path, name) for name in file.keys()}  # noqa: SIM118
         # Hub downloads lie in snapshots/<commit>.
         resolved = directory.resolve()
         in_hub = resolved.parent.name == "snapshots"
@@ -87,11 +87,17 @@ class Source:
         Args:
             name: one of ``shape.tensors()``, which may be some rows of one in a file.
         """
-        file_name, rows = self.shape.in_plain(name)
-        with safe_open(self.files[file_name], framework="pt") as file:
-            if file_name == name:
-                return file.get_tensor(name)
-            return file.get_slice(file_name)[rows]
+        stored, rows = self.shape.in_plain(name)
+        path, file_name = self.files[stored]
+        with safe_open(path, framework="pt") as file:
+            if rows == slice(None):
+                tensor = file.get_tensor(file_name)
+            elif self.shape.is_transposed(name):
+                tensor = file.get_slice(file_name)[:, rows]
+            else:
+                tensor = file.get_slice(file_name)[rows]
+        transposed = self.shape.is_transposed(name)
+        return tensor.t().contiguous() if transposed else tensor
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Tensors of a decoder layer, by name after ``model.layers.N.``."""

@@ -7,8 +7,9 @@ bit-exact mirror of the server.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
@@ -17,36 +18,37 @@ from transformers import PreTrainedConfig
 from ..architecture import ROUTER, ModelShape
 from ..kernels.grid import IntGrid
 from .elementwise import activated, soft_capped
-from .rotary import RotaryEmbedding
+from .rotary import RotaryEmbedding, norm_eps
+from .rotations import Orthogonal
 from .routing import route
 from .straight_through import fake_quantize, through_cache
-from .transforms import Orthogonal
 
-# Linears of a layer that read the same input, in the order they run.
-STAGES = {
-    "attn_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o_input": ("self_attn.o_proj",),
-    "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
-    "down_input": ("mlp.down_proj",),
-}
-LINEARS = tuple(name for names in STAGES.values() for name in names)
 # The two that end in a sum into the residual stream.
 RESIDUAL_STAGES = ("o_input", "down_input")
 Observer = Callable[[str, torch.Tensor], None]
 
 
 def stages_of(shape: ModelShape) -> dict[str, tuple[str, ...]]:
-    """The stages of a layer; each expert has its own ``EXPERT.mlp_input`` and
-    ``EXPERT.down_input`` where there are experts."""
-    if not shape.num_experts:
-        return STAGES
-    stages = {stage: STAGES[stage] for stage in ("attn_input", "o_input")}
-    for expert in shape.mlps():
-        for stage in ("mlp_input", "down_input"):
-            stages[f"{expert}.{stage}"] = tuple(
-                name.replace("mlp", expert, 1) for name in STAGES[stage]
-            )
+    """Linears of a layer that read the same input, in the order they run.
+
+    Each expert has its own ``EXPERT.mlp_input`` and ``EXPERT.down_input`` where there
+    are experts.
+    """
+    stages: dict[str, tuple[str, ...]] = {
+        "attn_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "o_input": ("self_attn.o_proj",),
+    }
+    for mlp in shape.mlps():
+        prefix = f"{mlp}." if shape.num_experts else ""
+        readers = tuple(f"{mlp}.{part}" for part in shape.mlp_readers)
+        stages[f"{prefix}mlp_input"] = readers
+        stages[f"{prefix}down_input"] = (f"{mlp}.down_proj",)
     return stages
+
+
+def linears_of(shape: ModelShape) -> tuple[str, ...]:
+    """Linears of a layer, in the order they run."""
+    return tuple(name for names in stages_of(shape).values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,12 @@ class Online:
     Attributes:
         activations: grid of every linear's input, None to leave it unquantized.
         kv4: whether keys and values go through the 4-bit cache.
-        key: rotation of queries and keys after RoPE.
+        key: rotation of queries and keys, after RoPE where there is any.
         down: rotation of down_proj's input.
         attn_input: rotation of the input of q, k and v.
         mlp_input: rotation of the input of gate and up.
+        clip_ratios: by layer and stage, in place of the grid's; filled in while layers
+            are quantized.
     """
 
     activations: IntGrid | None = None
@@ -68,6 +72,9 @@ class Online:
     down: Orthogonal | None = None
     attn_input: Orthogonal | None = None
     mlp_input: Orthogonal | None = None
+    clip_ratios: defaultdict[int, dict[str, float]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
 
 
 class DecoderStages:
@@ -92,14 +99,25 @@ class DecoderStages:
     ) -> None:
         self.shape, self.stages = shape, stages_of(shape)
         self.online = online or Online()
-        self.eps = float(config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config, shape).to(device)
+        self.eps = norm_eps(config, shape)
+        self.rotary: RotaryEmbedding | None = None
+        if not shape.positions:
+            self.rotary = RotaryEmbedding(config, shape).to(device)
         self.layer, self.window = 0, shape.window_of(0)
+        self.clip_ratios: Mapping[str, float | torch.Tensor]
+        self.clip_ratios = self.online.clip_ratios[0]
 
     def at(self, layer: int) -> "DecoderStages":
         """The pieces of another layer, by its index."""
         other = copy.copy(self)
         other.layer, other.window = layer, self.shape.window_of(layer)
+        other.clip_ratios = self.online.clip_ratios[layer]
+        return other
+
+    def clipped(self, ratios: Mapping[str, torch.Tensor]) -> "DecoderStages":
+        """The same with clip ratios of this layer that carry gradients, by stage."""
+        other = copy.copy(self)
+        other.clip_ratios = ratios
         return other
 
     def input_of(
@@ -129,7 +147,7 @@ class DecoderStages:
             return h if stage == "mlp_input" else self._gated(expert, weights, h)
         match stage:
             case "attn_input":
-                h = self.norm(x, weights["input_layernorm.weight"])
+                h = self._named_norm("input_layernorm", weights, x)
                 return rotated(h, self.online.attn_input)
             case "o_input":
                 h = self.input_of("attn_input", weights, x)
@@ -145,7 +163,7 @@ class DecoderStages:
         self, stage: str, weights: Mapping[str, torch.Tensor], h: torch.Tensor
     ) -> list[torch.Tensor]:
         """Outputs of a stage's linears for their unquantized input h."""
-        return self._linears(self.stages[stage], weights, h)
+        return self._linears(stage, self.stages[stage], weights, h)
 
     def sent(
         self, expert: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor
@@ -203,26 +221,36 @@ class DecoderStages:
         """The residual stream x after the output of a stage that ends in it."""
         block = "self_attn" if stage == "o_input" else "mlp"
         norm = self.shape.architecture.output_norms.get(block)
-        return x + (out if norm is None else self.norm(out, weights[f"{norm}.weight"]))
+        return x + (out if norm is None else self._named_norm(norm, weights, out))
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm with a weight as checkpoints hold it."""
-        return self.normalized(x) * (weight + self.shape.architecture.norm_offset)
+    def norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A norm with weight and bias as checkpoints hold them."""
+        normed = self.normalized(x) * (weight + self.shape.architecture.norm_offset)
+        return normed if bias is None else normed + bias
 
     def normalized(self, x: torch.Tensor) -> torch.Tensor:
-        """RMSNorm without a weight."""
+        """A norm without weight and bias."""
+        if self.shape.architecture.layer_norm:
+            x = x - x.mean(dim=-1, keepdim=True)
         variance = x.square().mean(dim=-1, keepdim=True)
         return x * torch.rsqrt(variance + self.eps)
 
-    def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """x on the activation grid, per token."""
+    def quantized(self, stage: str, x: torch.Tensor) -> torch.Tensor:
+        """The input x of a stage on the activation grid, per token."""
         grid = self.online.activations
-        return x if grid is None else fake_quantize(x, grid)
+        ratio = self.clip_ratios.get(stage.rpartition(".")[2])
+        return x if grid is None else fake_quantize(x, grid, ratio)
 
     def _linears(
-        self, names: Sequence[str], weights: Mapping[str, torch.Tensor], h: torch.Tensor
+        self,
+        stage: str,
+        names: Sequence[str],
+        weights: Mapping[str, torch.Tensor],
+        h: torch.Tensor,
     ) -> list[torch.Tensor]:
-        h = self.quantized(h)
+        h = self.quantized(stage, h)
         return [
             functional.linear(h, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
             for name in names
@@ -231,16 +259,22 @@ class DecoderStages:
     def _gated(
         self, mlp: str, weights: Mapping[str, torch.Tensor], h: torch.Tensor
     ) -> torch.Tensor:
-        """Input of down, from that of gate and up."""
-        names = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-        gate, up = self._linears(names, weights, h)
-        return rotated(activated(gate, self.shape) * up, self.online.down)
+        """Input of down, from that of gate and up, or of up alone."""
+        names = [f"{mlp}.{part}" for part in self.shape.mlp_readers]
+        first, *up = self._linears("mlp_input", names, weights, h)
+        out = activated(first, self.shape)
+        return rotated(out * up[0] if up else out, self.online.down)
 
     def _mlp_norm(
         self, weights: Mapping[str, torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
         """What MLP, router and experts read, before any rotation."""
-        return self.norm(x, weights[f"{self.shape.architecture.mlp_norm}.weight"])
+        return self._named_norm(self.shape.architecture.mlp_norm, weights, x)
+
+    def _named_norm(
+        self, name: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        return self.norm(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     def _route(
         self, weights: Mapping[str, torch.Tensor], h: torch.Tensor
@@ -265,7 +299,8 @@ class DecoderStages:
             h = self._gated(expert, weights, h)
             if observe is not None:
                 observe(f"{expert}.down_input", h)
-            out = self._linears((f"{expert}.down_proj",), weights, h)[0]
+            names = (f"{expert}.down_proj",)
+            out = self._linears("down_input", names, weights, h)[0]
             weight = (of_choice * hit).sum(dim=-1, keepdim=True)
             total[sent] += out * weight[sent]
         return total
@@ -312,6 +347,8 @@ class DecoderStages:
         return seen if self.window is None else seen.triu(1 - self.window)
 
     def _rope(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rotary is None:
+            return x
         positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         cos, sin = (t[0].unsqueeze(1) for t in self.rotary(x, positions, self.layer))
         low, high = x.chunk(2, dim=-1)

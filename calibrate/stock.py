@@ -45,10 +45,16 @@ def refuse_what_differs(config: LowbitConfig, source: str) -> None:
 def _linear_reasons(scheme: Scheme) -> list[str]:
     weights, activations = scheme.weights, scheme.activations
     reasons = []
-    if activations.clip_ratio != 1:
+    least = min(activations.kept())
+    if least != 1:
+        key = (
+            "clip_ratio is"
+            if activations.clip_ratios is None
+            else "clip_ratios: down to"
+        )
         reasons.append(
-            f"scheme.activations.clip_ratio is {activations.clip_ratio}: stock vLLM "
-            "keeps the whole range of a token; calibrate with clip_ratio 1"
+            f"scheme.activations.{key} {least}: stock vLLM keeps the whole range of a "
+            "token; calibrate with clip_ratio 1"
         )
     if activations.bits == 6:
         reasons.append(

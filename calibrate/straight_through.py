@@ -13,6 +13,10 @@ row, so the gradient tells how much a smaller range would be worth (for a learne
 this is LSQ, Esser et al., 2020). With the first term alone, rotations that change no
 result in exact arithmetic would get hardly any gradient. An element beyond the range,
 more than a step away from its code, moves with the scale only.
+
+A scale is the range times a clip ratio, which gets the scale's gradient. There every
+element beyond the range counts as such, however near: its error grows as the ratio
+falls, that of an element within shrinks.
 """
 
 from typing import Any
@@ -39,9 +43,11 @@ def fake_quantize(
         x: ``[..., n]``, float32.
         grid: the codes.
         clip_ratio: fraction of the range that is kept, a float or ``[..., 1]``;
-            None takes the grid's.
+            None takes the grid's. One number, ``[]``, may ask for a gradient, where x
+            does or not.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    learned = isinstance(clip_ratio, torch.Tensor) and clip_ratio.requires_grad
+    if not (torch.is_grad_enabled() and (x.requires_grad or learned)):
         scale, zero_point = grid.parameters(x, clip_ratio)
         return decode(grid.encode(x, scale, zero_point), scale, zero_point)
     return _Integer.apply(x, grid, clip_ratio)
@@ -70,11 +76,19 @@ class _Integer(Function):
         ctx.symmetric, ctx.step = grid.symmetric, clip_ratio / steps
         if grid.symmetric:
             ctx.step = clip_ratio / grid.code_max
+        ctx.of_ratio = None
+        if ctx.needs_input_grad[2]:
+            error = quantized - x
+            inside = error.abs() <= scale / 2
+            ctx.of_ratio = torch.where(inside, error, quantized) / clip_ratio
         _save(ctx, x, quantized, scale)
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+        of_ratio = None if ctx.of_ratio is None else (grad * ctx.of_ratio).sum()
         result, of_scale, high, low, at_high, at_low = _start(ctx, grad)
         of_scale = of_scale * ctx.step
         if ctx.symmetric:
@@ -85,7 +99,7 @@ class _Integer(Function):
             # A range always includes zero.
             result.scatter_add_(-1, at_high, of_scale * (high > 0))
             result.scatter_add_(-1, at_low, -of_scale * (low < 0))
-        return result, None, None
+        return result, None, of_ratio
 
 
 class _Cache(Function):

@@ -9,83 +9,19 @@ transform lives is that of OSTQuant (Hu et al., 2025, section 3) and QuaRot
 reads it.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..architecture import ROUTER, ModelShape
-from ..kernels.hadamard.generic import kronecker
-from ..kernels.hadamard.matrices import matrix
+from .rotations import Orthogonal
 
 Tensors = dict[str, torch.Tensor]
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # Of a layer, in the order of its norms.
 NORM_SCALES = ("attn_scale", "mlp_scale")
-# Up to here one large GEMM is faster than many small ones.
-DENSE_ORDER = 1024
-
-
-class Orthogonal(Protocol):
-    """An orthogonal matrix R of the size of the last dimension it is applied to."""
-
-    def right(self, x: torch.Tensor) -> torch.Tensor:
-        """``x R``, over the last dimension."""
-
-    def repeat(self, group: int) -> "Orthogonal":
-        """Every diagonal block ``group`` times in a row: from KV heads to heads."""
-
-
-@dataclass(frozen=True)
-class SignedHadamard:
-    """``x -> H (signs * x)`` in blocks, H normalised.
-
-    Attributes:
-        order: of H; blocks of this size lie side by side.
-        signs: ``[n]`` of +1 and -1, or None for all +1.
-    """
-
-    order: int
-    signs: torch.Tensor | None = None
-
-    def right(self, x: torch.Tensor) -> torch.Tensor:
-        if self.signs is not None:
-            x = x * self.signs.to(x)
-        if self.order <= DENSE_ORDER:
-            blocks = x.unflatten(-1, (-1, self.order))
-            return (blocks @ _transposed(self.order, x.dtype, x.device)).view(x.shape)
-        left, right = (m.to(x.dtype) for m in kronecker(self.order, False, x.device))
-        blocks = x.unflatten(-1, (-1, left.shape[0], right.shape[0]))
-        return ((left @ (blocks @ right)) * self.order**-0.5).reshape(x.shape)
-
-    def repeat(self, group: int) -> "SignedHadamard":
-        if self.signs is None:
-            return self
-        signs = self.signs.view(-1, self.order).repeat_interleave(group, dim=0)
-        return SignedHadamard(self.order, signs.flatten())
-
-
-@functools.lru_cache(maxsize=8)
-def _transposed(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Normalised ``H^T``."""
-    h = matrix(order).to(device, torch.float64) * order**-0.5
-    return h.t().contiguous().to(dtype)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Orthogonal blocks along the diagonal, ``[blocks, d, d]``."""
-
-    blocks: torch.Tensor
-
-    def right(self, x: torch.Tensor) -> torch.Tensor:
-        split = x.unflatten(-1, self.blocks.shape[:2])
-        return torch.einsum("...bi,bij->...bj", split, self.blocks.to(x)).flatten(-2)
-
-    def repeat(self, group: int) -> "Dense":
-        return Dense(self.blocks.repeat_interleave(group, dim=0))
 
 
 @dataclass(frozen=True)
@@ -126,24 +62,26 @@ def scale_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Of the scales of one layer, by their names in :class:`LayerTransforms`."""
     key_heads = 1 if shape.architecture.qk_norm else shape.num_kv_heads
     experts = (shape.num_experts,) if shape.num_experts else ()
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "attn_scale": (shape.hidden_size,),
         "mlp_scale": (shape.hidden_size,),
         "value_scale": (shape.num_kv_heads * shape.head_dim,),
         "key_scale": (key_heads, shape.head_dim // 2),
-        "up_scale": (*experts, shape.intermediate_size),
     }
+    if shape.architecture.passes_up_scale:
+        shapes["up_scale"] = (*experts, shape.intermediate_size)
+    return shapes
 
 
 def norm_readers(shape: ModelShape) -> dict[str, tuple[str, ...]]:
     """By norm of a layer the linears that read its output, the router not counted."""
-    parts = ("gate_proj", "up_proj")
+    parts = shape.mlp_readers
     of_mlps = tuple(f"{mlp}.{part}" for mlp in shape.mlps() for part in parts)
     return {"input_layernorm": _QKV, shape.architecture.mlp_norm: of_mlps}
 
 
 def gain(weight: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """What an RMSNorm multiplies by, from its weight in a checkpoint."""
+    """What a norm multiplies by, from its weight in a checkpoint."""
     return weight + shape.architecture.norm_offset
 
 
@@ -161,8 +99,9 @@ def fold_layer(
 ) -> Tensors:
     """One decoder layer with its transforms folded in.
 
-    With a residual rotation the norms' weights move into the linears that follow. Norms
-    of what attention and MLP add stay as they are, and no rotation passes them.
+    With a residual rotation the norms' weights and biases move into the linears that
+    follow. Norms of what attention and MLP add stay as they are, and no rotation
+    passes them.
 
     Args:
         tensors: of the layer, by their names after ``model.layers.N.``.
@@ -200,10 +139,43 @@ def fold_embedding(weight: torch.Tensor, residual: Orthogonal | None) -> torch.T
 
 
 def fold_head(
-    weight: torch.Tensor, gain: torch.Tensor, residual: Orthogonal
+    weight: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: Orthogonal,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Head ``[vocab, hidden]`` that reads it, the final norm's gain folded in."""
-    return residual.right(weight.double() * gain.double())
+    """Head ``[vocab, hidden]`` that reads it, the final norm folded in.
+
+    A head has no bias. That of a LayerNorm goes along the vector of ones, to which all
+    else that the norm returns is orthogonal, and which :func:`folded_norm` adds.
+
+    Args:
+        weight: of the head.
+        gain: of the final norm.
+        bias: of it, None of an RMSNorm.
+        residual: rotation of the residual stream.
+        dtype: computed in.
+    """
+    weight = weight.to(dtype)
+    head = residual.right(weight * gain.to(dtype))
+    if bias is None:
+        return head
+    constant = weight @ bias.to(dtype) / weight.shape[-1]
+    return head - head.mean(dim=-1, keepdim=True) + constant.unsqueeze(-1)
+
+
+def folded_norm(
+    weight: torch.Tensor, shape: ModelShape
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a final norm that :func:`fold_head` has taken.
+
+    Args:
+        weight: what it was.
+        shape: sizes of the model.
+    """
+    ones = torch.ones_like(weight)
+    return norm_weight(ones, shape), ones if shape.architecture.layer_norm else None
 
 
 def storable(
@@ -257,7 +229,12 @@ def _fold_norm(
     scale: torch.Tensor | None,
     online: Orthogonal | None,
 ) -> None:
-    gamma = gain(tensors[f"{norm}.weight"], shape)
+    gamma, beta = gain(tensors[f"{norm}.weight"], shape), tensors.get(f"{norm}.bias")
+    if residual is not None and beta is not None:
+        for reader in readers:
+            constant = tensors[f"{reader}.weight"] @ beta
+            tensors[f"{reader}.bias"] = tensors[f"{reader}.bias"] + constant
+        beta = torch.zeros_like(beta)
     router = f"{ROUTER}.weight"
     names = [f"{reader}.weight" for reader in readers]
     if norm == shape.architecture.mlp_norm and router in tensors:
@@ -273,6 +250,8 @@ def _fold_norm(
         gamma = torch.ones_like(gamma)
     gamma = gamma if scale is None else gamma / scale
     tensors[f"{norm}.weight"] = norm_weight(gamma, shape)
+    if beta is not None:
+        tensors[f"{norm}.bias"] = beta if scale is None else beta / scale
 
 
 def _fold_keys(tensors: Tensors, shape: ModelShape, scale: torch.Tensor | None) -> None:

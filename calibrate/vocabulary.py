@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embedding, final norm and head: folded, quantized and written."""
+"""Embedding, learned positions, final norm and head: folded, quantized, written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
+from ..architecture import POSITIONS
 from ..load_time import check_finite
 from ..lowbit_checkpoint import HEAD_SCALE, VOCABULARY
 from ..schema import Scheme
 from .elementwise import embedding_scale, soft_capped
 from .quantize import Add, QuantizedMatrix, round_to_nearest
+from .rotations import Orthogonal
 from .scratch import Scratch
 from .source import Source
-from .transforms import Orthogonal, fold_embedding, fold_head, gain, norm_weight
+from .transforms import fold_embedding, fold_head, folded_norm, gain
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
+NORM_BIAS = "model.norm.bias"
 # That are folded at a time, in float64.
 ROWS = 4096
 Fold = Callable[[torch.Tensor], torch.Tensor]
@@ -32,6 +35,8 @@ class Vocabulary:
         head: ``[vocab, hidden]``.
         scale: rows of the embedding are multiplied by it.
         logits_cap: soft cap of the logits, None for none.
+        norm_bias: of the final norm, ``[hidden]``, None for none.
+        positions: added to the rows, ``[positions, hidden]``; None for none.
     """
 
     embedding: torch.Tensor
@@ -39,11 +44,21 @@ class Vocabulary:
     head: torch.Tensor
     scale: float = 1.0
     logits_cap: float | None = None
+    norm_bias: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+    @property
+    def final_norm(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of the final norm."""
+        return self.norm, self.norm_bias
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[..., hidden]`` of token ids ``[...]``."""
+        """Hidden states ``[..., tokens, hidden]`` of token ids ``[..., tokens]``."""
         rows = functional.embedding(ids, self.embedding)
-        return rows if self.scale == 1 else rows * self.scale
+        rows = rows if self.scale == 1 else rows * self.scale
+        return (
+            rows if self.positions is None else rows + self.positions[: ids.shape[-1]]
+        )
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """``[..., vocab]`` of what the final norm returned."""
@@ -51,11 +66,17 @@ class Vocabulary:
 
     def to(self, device: str) -> "Vocabulary":
         """It on a device."""
+        bias, positions = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (self.norm_bias, self.positions)
+        )
         return replace(
             self,
             embedding=self.embedding.to(device),
             norm=self.norm.to(device),
             head=self.head.to(device),
+            norm_bias=bias,
+            positions=positions,
         )
 
 
@@ -75,17 +96,37 @@ def plain_vocabulary(source: Source, scratch: Scratch | None = None) -> Vocabula
     embedding = head = matrix(f"{EMBEDDING}.weight")
     if not source.shape.tie_word_embeddings:
         head = matrix(f"{HEAD}.weight")
-    norm = source.tensor(NORM).float()
-    return _vocabulary(source, embedding, norm, head)
+    norm = source.tensor(NORM), _norm_bias(source)
+    return _vocabulary(source, embedding, norm, head, _positions(source))
+
+
+def _norm_bias(source: Source) -> torch.Tensor | None:
+    return source.tensor(NORM_BIAS) if source.shape.architecture.layer_norm else None
+
+
+def _positions(source: Source) -> torch.Tensor | None:
+    return source.tensor(POSITIONS) if source.shape.positions else None
 
 
 def _vocabulary(
-    source: Source, embedding: torch.Tensor, norm: torch.Tensor, head: torch.Tensor
+    source: Source,
+    embedding: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor | None],
+    head: torch.Tensor,
+    positions: torch.Tensor | None,
 ) -> Vocabulary:
-    """Of float32 tensors, as a server in the dtype of the base model has it."""
-    shape, dtype = source.shape, source.tensor(NORM).dtype
-    scale = embedding_scale(shape, dtype)
-    return Vocabulary(embedding, norm, head, scale, shape.logits_cap)
+    """As a server in the dtype of the base model has it; matrices are float32."""
+    shape, (weight, bias) = source.shape, norm
+    first = shape.architecture.position_rows
+    return Vocabulary(
+        embedding,
+        weight.float(),
+        head,
+        embedding_scale(shape, weight.dtype),
+        shape.logits_cap,
+        None if bias is None else bias.float(),
+        None if positions is None else positions[first:].float(),
+    )
 
 
 def served_vocabulary(
@@ -98,33 +139,42 @@ def served_vocabulary(
     """Fold, quantize and write it; returns it as it will be served.
 
     A tied matrix stays one matrix: the server rotates after the look-up and back before
-    the head, which here are folded into the two tables that are returned.
+    the head, which here are folded into the two tables that are returned. With
+    LayerNorms it becomes two (see :func:`.plan.served_shape`).
     """
-    norm, shape = source.tensor(NORM), source.shape
-    embedding = source.tensor(f"{EMBEDDING}.weight")
-    own = gain(norm.float(), shape)
-    stored_norm = norm
+    shape, norm, bias = source.shape, source.tensor(NORM), _norm_bias(source)
+    embedding, positions = source.tensor(f"{EMBEDDING}.weight"), _positions(source)
+    own, stored = gain(norm.float(), shape), (norm, bias)
     if residual is not None:
-        stored_norm = norm_weight(torch.ones_like(norm), shape)
-    add(NORM, stored_norm)
+        stored = folded_norm(norm, shape)
+        if positions is not None:
+            positions = fold_embedding(positions, residual).to(positions.dtype)
+    for name, tensor in (
+        (NORM, stored[0]),
+        (NORM_BIAS, stored[1]),
+        (POSITIONS, positions),
+    ):
+        if tensor is not None:
+            add(name, tensor)
 
     def into_embedding(rows: torch.Tensor) -> torch.Tensor:
         return fold_embedding(rows, residual)
 
     def into_head(rows: torch.Tensor) -> torch.Tensor:
-        return rows if residual is None else fold_head(rows, own, residual)
+        return rows if residual is None else fold_head(rows, own, bias, residual)
 
-    if source.shape.tie_word_embeddings:
+    tied = shape.tie_word_embeddings
+    if tied and (residual is None or not shape.architecture.layer_norm):
         table = head = _store(add, EMBEDDING, embedding, None, scheme, scratch)
         if residual is not None:
             add(HEAD_SCALE, own)
             table = _as_float(head, scratch, into_embedding)
             head = _as_float(head, scratch, into_head)
-        return _vocabulary(source, table, stored_norm.float(), head)
+        return _vocabulary(source, table, stored, head, positions)
     table = _store(add, EMBEDDING, embedding, into_embedding, scheme, scratch)
-    weight = source.tensor(f"{HEAD}.weight")
+    weight = embedding if tied else source.tensor(f"{HEAD}.weight")
     head = _store(add, HEAD, weight, into_head, scheme, scratch)
-    return _vocabulary(source, table, stored_norm.float(), head)
+    return _vocabulary(source, table, stored, head, positions)
 
 
 def _store(

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..architecture import ModelShape
 from ..checkpoint import INDEX, TensorSpec
 from ..errors import LowbitError, OutputError
 from ..manifest import ITEM_BYTES, tensor_sha256, write_manifest
@@ -201,6 +202,30 @@ class CheckpointWriter:
         # Replaces an empty directory, and nothing else.
         os.rename(self.staging, self.directory)
         _sync(self.directory.parent)
+
+
+def stacking(
+    writer: CheckpointWriter, shape: ModelShape
+) -> Callable[[str, torch.Tensor], None]:
+    """Takes tensors by their names here, and stacks those that are one in the files.
+
+    Args:
+        writer: that they go to.
+        shape: sizes of the model.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        stored, rows = shape.in_lowbit(name)
+        if rows != slice(None):
+            so_far = parts.setdefault(stored, [])
+            so_far.append(tensor)
+            if sum(map(len, so_far)) < writer.specs[stored].shape[0]:
+                return
+            tensor = torch.cat(so_far)
+        writer.add(stored, tensor)
+
+    return add
 
 
 def _plan(specs: Mapping[str, TensorSpec], max_bytes: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ REF_7M = Path(__file__).parents[1] / "models" / "ref-7m"
 LEDGER = Path(__file__).parents[1] / "vllm_lowbit" / "PRIVATE_SYMBOLS.md"
 INDEX = "model.safetensors.index.json"
 PLAIN = "model.safetensors"
+OF_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 # Same examples on every run; machines here are shared, so no deadline.
 settings.register_profile(
@@ -57,9 +58,12 @@ def _tiny_model(
         "max_position_embeddings": 256,
         "pad_token_id": None,
         "tie_word_embeddings": False,
+        "initializer_range": 0.02,
     }
     hf_config = model_class.config_class(
-        architectures=[architecture], dtype=dtype, **{**sizes, **config}
+        architectures=[architecture],
+        dtype=dtype,
+        **_named(architecture, {**sizes, **config}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -79,6 +83,20 @@ def _tiny_model(
             shutil.copy(REF_7M / name, directory)
     _save(directory, state, shards)
     return directory
+
+
+def _named(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a config as an architecture calls them."""
+    from vllm_lowbit.supported_models import ARCHITECTURES
+
+    keys = dict(ARCHITECTURES[architecture].keys)
+    if architecture == "OPTForCausalLM":
+        keys["initializer_range"] = "init_std"
+    if ARCHITECTURES[architecture].layer_norm:
+        # Heads of 64 share hidden_size, each with its own keys and values.
+        config = {k: config[k] for k in config if k not in OF_HEADS}
+        config["num_attention_heads"] = config["hidden_size"] // 64
+    return {keys.get(key, key): value for key, value in config.items()}
 
 
 def _save(directory: Path, tensors: dict[str, Any], shards: int) -> None:
@@ -170,6 +188,7 @@ def _fold_residual(tensors: dict[str, Any], layers: int, residual: Any) -> None:
 
 def _round_to_nearest(tensors: dict[str, Any], shape: Any, config: Any) -> Any:
     """Name and tensor of a lowbit checkpoint, from float32 plain tensors."""
+    from vllm_lowbit.architecture import POSITIONS
     from vllm_lowbit.kernels.grid import IntGrid
     from vllm_lowbit.kernels.packing import pack
     from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
@@ -181,6 +200,9 @@ def _round_to_nearest(tensors: dict[str, Any], shape: Any, config: Any) -> Any:
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         weights, role = config.scheme.weights, module.rpartition(".")[2]
+        if name == POSITIONS:
+            yield name, tensor
+            continue
         if role.endswith("_proj"):
             around = rotations_of(config.rotations, role)
             if kind == "bias":
@@ -224,6 +246,7 @@ def _lowbit_checkpoint(
     vocab_bits: int = 16,
     **rotations: Any,
 ) -> Path:
+    import torch
     from safetensors.torch import load_file, save_file
 
     from vllm_lowbit.architecture import ModelShape
@@ -236,17 +259,21 @@ def _lowbit_checkpoint(
     hf_config = json.loads((Path(source) / "config.json").read_text())
     shape = ModelShape.from_config(hf_config, "config.json")
     plain = load_file(Path(source) / "model.safetensors")
-    dtypes = {name: tensor.dtype for name, tensor in plain.items()}
-    if shape.architecture.fused or shape.num_experts:
-        of = {name: shape.in_plain(name) for name in shape.tensors()}
-        dtypes = {name: plain[file_name].dtype for name, (file_name, _) in of.items()}
-        plain = {name: plain[file_name][rows] for name, (file_name, rows) in of.items()}
+    of = {name: shape.in_plain(name) for name in shape.tensors()}
+    dtypes = {name: plain[file_name].dtype for name, (file_name, _) in of.items()}
+    plain = {
+        name: (plain[f].t() if shape.is_transposed(name) else plain[f])[rows]
+        for name, (f, rows) in of.items()
+    }
     floats = {name: tensor.float() for name, tensor in plain.items()}
     tensors = {
         name: tensor.to(dtypes.get(name, tensor.dtype))
         for name, tensor in _round_to_nearest(floats, shape, config)
     }
-    tensors = {shape.stored(name): tensor for name, tensor in tensors.items()}
+    parts: dict[str, list[Any]] = {}
+    for name, tensor in tensors.items():
+        parts.setdefault(shape.in_lowbit(name)[0], []).append(tensor)
+    tensors = {name: torch.cat(of_name) for name, of_name in parts.items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, directory / PLAIN)
     hf_config["quantization_config"] = config.model_dump(mode="json")

@@ -12,14 +12,12 @@ from vllm_lowbit.architecture import (
     MAX_EXPERTS,
     MAX_LAYERS,
     MAX_SIZE,
-    MIN_BLOCK,
     ModelShape,
-    check_scheme,
-    flag_only_rotations,
 )
 from vllm_lowbit.errors import UnsupportedError
 from vllm_lowbit.kernels.hadamard.matrices import exists
-from vllm_lowbit.schema import DEFAULT_SCHEME, Rotation, scheme_from_name
+from vllm_lowbit.placement import MIN_BLOCK, check_scheme, flag_only_rotations
+from vllm_lowbit.schema import DEFAULT_SCHEME, ClipRatios, Rotation, scheme_from_name
 from vllm_lowbit.supported_models import ARCHITECTURES
 
 W4A4KV4 = scheme_from_name(DEFAULT_SCHEME)
@@ -31,6 +29,21 @@ PHI3 = {"architectures": ["Phi3ForCausalLM"]}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 GEMMA2: dict[str, Any] = {"architectures": ["Gemma2ForCausalLM"]}
 GEMMA3: dict[str, Any] = {"architectures": ["Gemma3ForCausalLM"]}
+OPT: dict[str, Any] = {
+    "architectures": ["OPTForCausalLM"],
+    "ffn_dim": 768,
+    "num_key_value_heads": 4,
+}
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 256,
+    "n_layer": 2,
+    "n_head": 4,
+    "hidden_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -115,6 +128,19 @@ def shape(hidden: int, intermediate: int, heads: int, **keys: Any) -> ModelShape
         ),
         (GEMMA3, {"full_layers": set(), "sliding_window": 4096, "logits_cap": None}),
         ({"query_pre_attn_scalar": 9}, {"attention_scale": 1 / 8}),
+        (
+            OPT,
+            {
+                "positions": 2050,
+                "tie_word_embeddings": True,
+                "biases": {*QKV, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"},
+            },
+        ),
+        ({**OPT, "max_position_embeddings": 30}, {"positions": 32, "num_kv_heads": 4}),
+        (
+            {**GPT2, "n_inner": 768},
+            {"positions": 1024, "tie_word_embeddings": True, "num_kv_heads": 4},
+        ),
     ],
 )
 def test_shape(keys: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -131,6 +157,10 @@ NOT_NULL = {  # transformers' config class, or what reads it, refuses these
     ("Phi3ForCausalLM", "head_dim"),
     ("MixtralForCausalLM", "num_key_value_heads"),
     ("Qwen3MoeForCausalLM", "num_key_value_heads"),
+    ("OPTForCausalLM", "max_position_embeddings"),
+    ("OPTForCausalLM", "tie_word_embeddings"),
+    ("GPT2LMHeadModel", "n_positions"),
+    ("GPT2LMHeadModel", "tie_word_embeddings"),
     *(
         (f"Gemma{version}ForCausalLM", key)
         for version in (2, 3)
@@ -146,14 +176,18 @@ NOT_NULL = {  # transformers' config class, or what reads it, refuses these
 }
 OF_EXPERTS = {c["architectures"][0]: c for c in (MIXTRAL, QWEN3_MOE)}
 LEFT_OUT = ("num_key_value_heads", "head_dim", "sliding_window")
-OF_GEMMA = (
-    "sliding_window_pattern",
-    "tie_word_embeddings",
-    "layer_types",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-)
+OF = {
+    "Gem": (
+        "sliding_window_pattern",
+        "tie_word_embeddings",
+        "layer_types",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    ),
+    "OPT": ("max_position_embeddings", "tie_word_embeddings", "word_embed_proj_dim"),
+    "GPT": ("n_positions", "n_inner", "tie_word_embeddings"),
+}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +195,7 @@ OF_GEMMA = (
     [
         (name, dropped, how)
         for name in ARCHITECTURES
-        for dropped in (*LEFT_OUT, *(OF_GEMMA if "Gemma" in name else ()))
+        for dropped in (*LEFT_OUT, *OF.get(name[:3], ()))
         for how in ("missing", "null")
         if how == "missing" or (name, dropped) not in NOT_NULL
     ],
@@ -176,6 +210,11 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(
         keys["head_dim"] = 64
     keys["architectures"] = [name]
     keys |= OF_EXPERTS.get(name, {})
+    if name == "OPTForCausalLM":
+        keys |= {"ffn_dim": 768, "num_key_value_heads": 32, "head_dim": 32}
+    if name == "GPT2LMHeadModel":
+        sizes = {"n_embd": 1024, "n_layer": 2, "n_head": 32, "n_inner": 768}
+        keys = {"architectures": [name], "vocab_size": 1000, "n_positions": 64, **sizes}
     keys.pop(dropped, None)
     if how == "null":
         keys[dropped] = None
@@ -189,7 +228,7 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(
     [
         None,
         [],
-        ["GPT2LMHeadModel"],
+        ["GPTNeoForCausalLM"],
         ["LlamaForSequenceClassification"],
         ["Qwen2ForCausalLM", "LlamaForCausalLM"],
         ["Qwen2MoeForCausalLM"],
@@ -207,7 +246,7 @@ def test_other_architectures(architectures: object) -> None:
         f"m/config.json: architectures {architectures!r} is not supported; "
         "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
         "Qwen3ForCausalLM, Phi3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, "
-        "Gemma2ForCausalLM, Gemma3ForCausalLM"
+        "Gemma2ForCausalLM, Gemma3ForCausalLM, OPTForCausalLM, GPT2LMHeadModel"
     )
 
 
@@ -323,6 +362,13 @@ OTHER_KEYS = (
     "rope_parameters",
     "query_pre_attn_scalar",
     "sliding_window_pattern",
+    "ffn_dim",
+    "n_embd",
+    "n_head",
+    "n_inner",
+    "n_positions",
+    "max_position_embeddings",
+    "word_embed_proj_dim",
 )
 JUNK = st.one_of(
     st.none(),
@@ -345,7 +391,7 @@ JUNK = st.one_of(
 @example({"head_dim": MAX_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1}, {})
 @given(
     st.dictionaries(st.sampled_from([*SIZES, *OTHER_KEYS]), JUNK),
-    st.sampled_from([{}, GEMMA2, GEMMA3]),
+    st.sampled_from([{}, GEMMA2, GEMMA3, OPT, GPT2]),
 )
 def test_any_config_is_read_or_refused(
     keys: dict[str, Any], base: dict[str, Any]
@@ -423,19 +469,23 @@ def _in_files(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
         {**QWEN3_MOE, "tie_word_embeddings": True, "head_dim": 32},
         {**GEMMA2, "tie_word_embeddings": True, "attention_bias": True},
         {**GEMMA3, "tie_word_embeddings": False},
+        {**OPT, "tie_word_embeddings": True},
+        {**OPT, "tie_word_embeddings": False, "max_position_embeddings": 30},
+        {**GPT2, "tie_word_embeddings": True, "n_positions": 40},
+        {**GPT2, "tie_word_embeddings": False, "n_inner": 96},
     ],
 )
 def test_tensors_are_those_of_transformers(keys: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    keys = {**config(), **keys}
+    keys = config(**keys) | {k: v for k, v in keys.items() if k == "pad_token_id"}
     model_class = getattr(transformers, keys["architectures"][0])
     hf_config = model_class.config_class(**keys)
     with torch.device("meta"):
         model = model_class(hf_config)
     expected = _in_files(model, hf_config)
     if keys.get("tie_word_embeddings"):
-        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.lm_head.weight is model.get_input_embeddings().weight
         del expected["lm_head.weight"]
     read = ModelShape.from_config(hf_config.to_dict(), "config.json")
     assert read.plain_tensors() == expected
@@ -547,6 +597,23 @@ def test_size_without_a_block(key: str, size: int, order: int) -> None:
 def test_head_dim_without_a_hadamard_matrix() -> None:
     with pytest.raises(UnsupportedError, match="head_dim 66 has no Hadamard matrix"):
         check_scheme(shape(256, 768, 4, head_dim=66), W4A4KV4, "config.json")
+
+
+def test_clip_ratios_are_of_the_layers_there_are() -> None:
+    read = shape(256, 768, 4)
+    for name in ClipRatios.model_fields:
+        ratios = dict.fromkeys(ClipRatios.model_fields, [0.9] * read.num_layers)
+        right = W4A4KV4.with_clip_ratios(ClipRatios.model_validate(ratios))
+        check_scheme(read, right, "config.json")
+        ratios[name] = [0.9] * (read.num_layers + 1)
+        wrong = W4A4KV4.with_clip_ratios(ClipRatios.model_validate(ratios))
+        with pytest.raises(UnsupportedError) as error:
+            check_scheme(read, wrong, "config.json")
+        assert str(error.value) == (
+            f"config.json: scheme.activations.clip_ratios.{name} has "
+            f"{read.num_layers + 1} values; supported: one for each of the "
+            f"{read.num_layers} layers"
+        )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,14 @@ from vllm_lowbit.errors import CheckpointError, UnsupportedError
 from vllm_lowbit.kernels.grid import IntGrid, decode
 from vllm_lowbit.kernels.packing import pack
 from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
-from vllm_lowbit.schema import LoadTimeOptions, LowbitConfig, Weights, scheme_from_name
+from vllm_lowbit.schema import (
+    ClipRatios,
+    LoadTimeOptions,
+    LowbitConfig,
+    Scheme,
+    Weights,
+    scheme_from_name,
+)
 
 pytest.importorskip("vllm")
 
@@ -24,6 +31,12 @@ SIZES = {
     "vocab_size": VOCAB,
     "num_hidden_layers": 1,
 }
+
+
+RATIOS = ClipRatios(
+    attn_input=(0.875,), o_input=(0.5,), mlp_input=(0.75,), down_input=(0.625,)
+)
+CLIPPED = scheme_from_name("w4a4").with_clip_ratios(RATIOS)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +57,10 @@ def quant(engine: Any) -> Any:
     """``quant(scheme, vocab_bits, **rotations)``: config of a checkpoint."""
     from vllm_lowbit.config import LowbitQuantizationConfig
 
-    def build(scheme: str, vocab_bits: int = 16, **rotations: Any) -> Any:
-        chosen = scheme_from_name(scheme, vocab_bits=vocab_bits)
-        data = {"scheme": chosen.model_dump(), "rotations": rotations}
+    def build(scheme: str | Scheme, vocab_bits: int = 16, **rotations: Any) -> Any:
+        if isinstance(scheme, str):
+            scheme = scheme_from_name(scheme, vocab_bits=vocab_bits)
+        data = {"scheme": scheme.model_dump(), "rotations": rotations}
         config = LowbitQuantizationConfig(stored=LowbitConfig.parse(data, "test"))
         config._resolved, config._checked_engine = config.stored, True
         config._verification = SimpleNamespace(finish=lambda: None)
@@ -223,6 +237,46 @@ class TestLinear:
         message = f"^tensor model.layers.0.mlp.up_proj.{missing} holds"
         with pytest.raises(CheckpointError, match=message):
             layer.quant_method.process_weights_after_loading(layer)
+
+    def test_clip_ratio_is_that_of_the_input(self, alone: None, quant: Any) -> None:
+        """Of its layer and place; what the layer computes follows it."""
+        config = quant(CLIPPED)
+        expected = {self.gate_up: 0.75, self.down: 0.625, self.qkv: 0.875}
+        for make, ratio in expected.items():
+            assert make(config).quant_method.kernel.spec.activations.clip_ratio == ratio
+        layer = self.down(config)
+        tensors = quantized(HIDDEN, INTERMEDIATE, config.scheme.weights)
+        load(layer, tensors)
+        method = layer.quant_method
+        method.process_weights_after_loading(layer)
+        x = torch.randn(5, INTERMEDIATE)
+        out = method.apply(layer, x)
+        grid = IntGrid(4, symmetric=False, clip_ratio=0.625)
+        codes = stacked([tensors])
+        weight = decode(codes[0], codes[1], torch.zeros(1, dtype=torch.int32))
+        assert torch.allclose(out, decode(*grid.quantize(x)) @ weight.t(), atol=1e-4)
+
+    def test_clip_ratios_of_experts(self, quant: Any) -> None:
+        """All experts of a layer share those of their inputs."""
+        config = quant(CLIPPED).resolved
+        from vllm_lowbit.linear import LinearRole
+
+        experts = "model.layers.0.mlp.experts"
+        for name, ratio in (("gate_up_proj", 0.75), ("down_proj", 0.625)):
+            grid = LinearRole(config, f"{experts}.{name}").activation_grid
+            assert grid is not None and grid.clip_ratio == ratio
+
+    @pytest.mark.parametrize("prefix", ["model.layers.1.mlp", "model.mlp"])
+    def test_clip_ratio_of_no_layer(self, quant: Any, prefix: str) -> None:
+        from vllm_lowbit.linear import LinearRole
+
+        config = quant(CLIPPED).resolved
+        with pytest.raises(UnsupportedError) as error:
+            LinearRole(config, f"{prefix}.down_proj")
+        assert str(error.value) == (
+            f"linear {prefix}.down_proj is in none of the 1 layers of "
+            "scheme.activations.clip_ratios.down_input"
+        )
 
     def test_bias_that_is_not_finite(self, alone: None, quant: Any) -> None:
         config = quant("w4a4")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from vllm_lowbit import __version__, cli, inspection
 from vllm_lowbit.errors import LowbitError
 
-COMMANDS = ("calibrate", "env", "evaluate", "export", "inspect")
+COMMANDS = ("calibrate", "env", "evaluate", "export", "inspect", "report", "sweep")
 HEAVY = {"torch", "numpy", "safetensors", "transformers", "vllm"}
 # Runs the command with packages hidden, and prints what it imported last.
 SCRIPT = """

@@ -64,10 +64,10 @@ CASES = {
         "scheme 'w5a5' does not exist; supported: w4a4kv4, w4a4, w4a8kv4, ",
     ),
     "architecture": Case(
-        "gpt2",
+        "gpt-neox",
         [],
-        "config.json: architectures ['GPT2LMHeadModel'] is not supported; supported: "
-        "LlamaForCausalLM, MistralForCausalLM, ",
+        "config.json: architectures ['GPTNeoXForCausalLM'] is not supported; "
+        "supported: LlamaForCausalLM, MistralForCausalLM, ",
     ),
     # vLLM's own message: it takes a path that does not exist for a hub name.
     "missing-directory": Case("nowhere", [], "nowhere'"),
@@ -136,13 +136,14 @@ def models(tmp_path_factory: Any, tiny_model: Any, rewrite: Any) -> Path:
     tiny_model(root / "nan", tokenizer=True)
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(root / "nan", lambda tensors: tensors[name][3, 5:6].fill_(float("nan")))
-    (root / "gpt2").mkdir()
-    gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 4096}
-    gpt2 |= {"bos_token_id": 0, "eos_token_id": 1, "model_type": "gpt2"}
-    config = {**gpt2, "architectures": ["GPT2LMHeadModel"]}
-    (root / "gpt2" / "config.json").write_text(json.dumps(config))
+    (root / "gpt-neox").mkdir()
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 256, "vocab_size": 4096}
+    config |= {"bos_token_id": 0, "eos_token_id": 1, "model_type": "gpt_neox"}
+    config |= {"architectures": ["GPTNeoXForCausalLM"]}
+    (root / "gpt-neox" / "config.json").write_text(json.dumps(config))
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(REF_7M / file, root / "gpt2")
+        shutil.copy(REF_7M / file, root / "gpt-neox")
     return root
 
 

@@ -138,6 +138,39 @@ class TestJson:
             "value_rotation": "folded",
         }
 
+    def test_clip_ratios(self, out: Path) -> None:
+        """Of every layer, in order; least and most in words."""
+        ratios = {
+            "attn_input": [0.9, 0.95],
+            "o_input": [1.0, 1.0],
+            "mlp_input": [0.8125, 0.75],
+            "down_input": [0.5, 1.0],
+        }
+
+        def change(data: Any) -> None:
+            activations = data["quantization_config"]["scheme"]["activations"]
+            activations["clip_ratios"] = ratios
+
+        edit_config(out, change)
+        linears = read(out, "--verify")["linears"]
+        found = [linear["activation_clip_ratio"] for linear in linears.values()]
+        places = ("attn_input", "o_input", "mlp_input", "down_input")
+        assert found == [ratios[place] for place in places]
+        words = " ".join(run(out)[0].replace("│", " ").split())
+        assert "clipped to" in words and "0.75 to" in words
+
+        ratios["o_input"] = [1.0]
+        edit_config(out, change)
+        _, stderr = run(out, code=1)
+        assert "config.json: scheme.activations.clip_ratios.o_input has 1 val" in stderr
+        ratios["o_input"] = [1.0, 1.01]
+        edit_config(out, change)
+        _, stderr = run(out, code=1)
+        assert (
+            "clip_ratios.o_input.1: Input should be less than or equal to 1" in stderr
+        )
+        assert "got 1.01" in stderr
+
     def test_rotations_are_those_of_the_config(self, sound: Path) -> None:
         config = json.loads((sound / "config.json").read_text())
         rotations = config["quantization_config"]["rotations"]
@@ -188,6 +221,27 @@ class TestJson:
         assert found["attention"]["kv_bits"] == 16
         assert found["kv_token"]["ratio"] == 1
         assert found["rotations"] == {}
+
+    @pytest.mark.parametrize(
+        ("architecture", "reader"),
+        [
+            ("MixtralForCausalLM", "gate_up_proj"),
+            ("OPTForCausalLM", "up_proj"),
+            ("GPT2LMHeadModel", "up_proj"),
+        ],
+    )
+    def test_linears_of_other_names(
+        self,
+        tmp_path: Path,
+        tiny_model: Any,
+        published_checkpoint: Any,
+        architecture: str,
+        reader: str,
+    ) -> None:
+        plain = tiny_model(tmp_path / "plain", architecture=architecture)
+        found = read(published_checkpoint(tmp_path, plain, scheme="w3a16-g64"))
+        assert found["bits_per_weight"]["linears"] == 3 + (32 + 8) / 64
+        assert list(found["linears"]) == ["qkv_proj", "o_proj", reader, "down_proj"]
 
     def test_tied_vocabulary_in_8_bits(
         self, tmp_path: Path, tiny_model: Any, published_checkpoint: Any
@@ -320,7 +374,7 @@ class TestRefused:
 
     def test_architecture_and_group_size(self, out: Path) -> None:
         def architecture(data: Any) -> None:
-            data["architectures"] = ["GPT2LMHeadModel"]
+            data["architectures"] = ["GPTNeoXForCausalLM"]
 
         def group_size(data: Any) -> None:
             data["architectures"] = ["LlamaForCausalLM"]
@@ -328,7 +382,7 @@ class TestRefused:
             data["quantization_config"]["scheme"]["weights"]["group_size"] = 64
 
         edit_json(out / "config.json", architecture)
-        assert "architectures ['GPT2LMHeadModel'] is not" in run(out, code=1)[1]
+        assert "architectures ['GPTNeoXForCausalLM'] is not" in run(out, code=1)[1]
         edit_json(out / "config.json", group_size)
         assert "group_size 64 does not divide intermediate" in run(out, code=1)[1]
 

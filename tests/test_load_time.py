@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_lowbit.architecture import ModelShape, flag_only_rotations
+from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.errors import CheckpointError
 from vllm_lowbit.kernels.grid import IntGrid, decode
 from vllm_lowbit.kernels.hadamard.generic import hadamard
 from vllm_lowbit.kernels.hadamard_quantize.reference import transform
 from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
 from vllm_lowbit.load_time import (
-    FUSED,
     LinearRotations,
     check_finite,
     equalizing_scale,
@@ -22,10 +21,10 @@ from vllm_lowbit.load_time import (
     quantize_linear,
     rotations_of,
 )
+from vllm_lowbit.module_names import FUSED, ROLES
+from vllm_lowbit.placement import flag_only_rotations
 from vllm_lowbit.schema import Rotation, Rotations, Weights, scheme_from_name
 from vllm_lowbit.supported_models import LLAMA
-
-ROLES = tuple(role for parts in FUSED.values() for role in parts)
 
 
 def online(order: int, stride: int = 1, scaled: bool = False) -> Rotation:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from vllm_lowbit.architecture import ModelShape, flag_only_rotations
+from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.errors import ConfigError
+from vllm_lowbit.placement import flag_only_rotations
 from vllm_lowbit.rotations import check_rotations
 from vllm_lowbit.schema import LowbitConfig, Rotation, scheme_from_name
 from vllm_lowbit.supported_models import ARCHITECTURES

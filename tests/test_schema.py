@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vllm_lowbit.schema import (
     LowbitConfig,
     Manifest,
     Rotation,
+    clipped,
 )
 
 SHA = "0" * 64
@@ -107,6 +109,7 @@ def put(data: Any, path: str, value: Any) -> Any:
     inner = data
     for key in parents:
         inner = inner[key]
+    last = int(last) if isinstance(inner, list) else last
     if value is DROP:
         del inner[last]
     else:
@@ -123,7 +126,7 @@ def test_round_trip_through_json(what: str) -> None:
     parsed = model.parse(example(), "x")
     text = parsed.model_dump_json()
     assert model.parse(json.loads(text), "x") == parsed
-    dumped = json.loads(text)
+    dumped = parsed.model_dump(mode="json", exclude_none=True)
     for key, value in example().items():
         if what == "options" or key in ("format_version", "quant_method", "scheme"):
             assert dumped[key] == value
@@ -195,6 +198,66 @@ def test_bad_config_names_key_and_value(path: str, value: Any, message: str) -> 
     key = path.replace("/", ".") if last.isidentifier() else repr(last)
     assert key in text
     assert message in text
+
+
+RATIOS = {
+    "attn_input": [0.9, 1.0],
+    "o_input": [0.5, 0.85],
+    "mlp_input": [0.875, 0.95],
+    "down_input": [1, 0.8001],
+}
+
+
+def _with_ratios(path: str, value: Any) -> dict[str, Any]:
+    data = put(config(), "scheme/activations/clip_ratio", DROP)
+    data = put(data, "scheme/activations/clip_ratios", copy.deepcopy(RATIOS))
+    return put(data, path, value)
+
+
+def test_clip_ratios() -> None:
+    data = _with_ratios("scheme/activations/symmetric", True)
+    parsed = LowbitConfig.parse(data, "x")
+    assert LowbitConfig.parse(json.loads(parsed.model_dump_json()), "x") == parsed
+    activations = parsed.scheme.activations
+    assert activations.kept("o_input") == (0.5, 0.85)
+    assert len(activations.kept()) == 8
+    assert clipped(activations.kept()) == ", clipped to 0.5 to 1 of its range, by layer"
+    assert clipped(activations.kept("down_input")[:1]) == ""
+    one = LowbitConfig.parse(config(), "x").scheme.activations
+    assert one.kept() == one.kept("o_input") == (0.9,)
+    assert clipped(one.kept()) == ", clipped to 0.9 of its range"
+    assert clipped((1.0, 1.0)) == ""
+
+
+RATIOS_AT = "scheme/activations/clip_ratios"
+BAD_RATIOS = [
+    (
+        f"{RATIOS_AT}/o_input/1",
+        0.49,
+        "o_input.1: Input should be greater than or equal",
+    ),
+    (
+        f"{RATIOS_AT}/o_input/1",
+        1.5,
+        "o_input.1: Input should be less than or equal to 1",
+    ),
+    (f"{RATIOS_AT}/o_input/0", math.nan, "o_input.0: .*got nan"),
+    (f"{RATIOS_AT}/o_input/0", "0.9", "o_input.0: .*got '0.9'"),
+    (f"{RATIOS_AT}/o_input/0", True, "o_input.0: .*got True"),
+    (f"{RATIOS_AT}/o_input", 0.9, "o_input: .*got 0.9"),
+    (f"{RATIOS_AT}/o_input", [], "o_input: .*at least 1 item"),
+    (f"{RATIOS_AT}/o_input", DROP, "o_input: Field required"),
+    (f"{RATIOS_AT}/k", [0.9, 0.9], "clip_ratios.k: Extra inputs are not permitted"),
+    (RATIOS_AT, 0.9, "clip_ratios: .*got 0.9"),
+    ("scheme/activations/clip_ratio", 0.9, "clip_ratio has no effect with clip_ratios"),
+    ("scheme/activations/bits", 16, "clip_ratios has no effect with bits 16"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD_RATIOS)
+def test_bad_clip_ratios(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^config.json: key scheme.*{message}"):
+        LowbitConfig.parse(_with_ratios(path, value), "config.json")
 
 
 def test_order_must_divide_block() -> None:

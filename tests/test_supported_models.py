@@ -25,12 +25,36 @@ MIXTRAL, QWEN3_MOE = "MixtralForCausalLM", "Qwen3MoeForCausalLM"
 GEMMA2 = "Gemma2ForCausalLM"
 GEMMA3 = "Gemma3ForCausalLM"
 GEMMAS = (GEMMA2, GEMMA3)
+OPT, GPT2 = "OPTForCausalLM", "GPT2LMHeadModel"
 EVERY = tuple(ARCHITECTURES)
+ROPED = tuple(n for n, own in ARCHITECTURES.items() if own.position_rows is None)
+NOT_ROPED = tuple(name for name in EVERY if name not in ROPED)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FULL, SLIDING = "full_attention", "sliding_attention"
 REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
-    (EVERY, "model_type", "gpt2", "'{model_type}'"),
-    (tuple({*EVERY} - {*GEMMAS}), "hidden_act", "gelu", "'silu' or null"),
+    (EVERY, "model_type", "t5", "'{model_type}'"),
+    (tuple({*ROPED} - {*GEMMAS}), "hidden_act", "gelu", "'silu' or null"),
+    ((OPT,), "activation_function", "gelu", "'relu' or null"),
+    ((OPT,), "do_layer_norm_before", False, "true or null, norms before attention"),
+    ((OPT,), "do_layer_norm_before", 1, "true or null, norms before attention and"),
+    ((OPT,), "_remove_final_layer_norm", True, "false or null"),
+    ((OPT,), "enable_bias", False, "true or null"),
+    ((OPT,), "layer_norm_elementwise_affine", False, "true or null"),
+    ((OPT,), "word_embed_proj_dim", 512, "256 or null"),
+    ((GPT2,), "activation_function", "relu", "'gelu_new' or null"),
+    ((GPT2,), "scale_attn_weights", False, "true or null"),
+    ((GPT2,), "scale_attn_by_inverse_layer_idx", True, "false or null"),
+    ((GPT2,), "reorder_and_upcast_attn", True, "false or null"),
+    ((GPT2,), "add_cross_attention", True, "false or null"),
+    ((GPT2,), "hidden_size", 256, "null"),
+    ((GPT2,), "num_hidden_layers", 2, "null"),
+    ((GPT2,), "num_attention_heads", 4, "null"),
+    ((GPT2,), "max_position_embeddings", 1024, "null"),
+    (NOT_ROPED, "num_key_value_heads", 2, "4 or null"),
+    (NOT_ROPED, "rope_theta", 10000.0, "null"),
+    (NOT_ROPED, "rope_scaling", {"type": "linear", "factor": 2.0}, "null"),
+    (NOT_ROPED, "rope_parameters", {"rope_theta": 10000.0}, "null"),
+    (NOT_ROPED, "sliding_window", 4096, "null"),
     (GEMMAS, "hidden_act", "silu", "'gelu_pytorch_tanh' or null"),
     (GEMMAS, "hidden_activation", "gelu", "'gelu_pytorch_tanh' or null"),
     (GEMMAS, "mlp_bias", True, "false or null"),
@@ -54,9 +78,9 @@ REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
     (EVERY, "partial_rotary_factor", 0.5, "1.0 or null"),
     (EVERY, "rotary_pct", 0.5, "1.0 or null"),
     (EVERY, "rotary_emb_base", 5000, "null"),
-    (EVERY, "rope_theta", -1.0, "a number above 0"),
-    (EVERY, "rope_theta", "10000", "a number above 0"),
-    (EVERY, "rope_theta", float("inf"), "a number above 0"),
+    (ROPED, "rope_theta", -1.0, "a number above 0"),
+    (ROPED, "rope_theta", "10000", "a number above 0"),
+    (ROPED, "rope_theta", float("inf"), "a number above 0"),
     ((MISTRAL, QWEN2, QWEN3, PHI3), "attention_bias", True, "false or null"),
     ((MISTRAL, QWEN2, QWEN3, PHI3), "mlp_bias", True, "false or null"),
     ((LLAMA,), "sliding_window", 4096, "null"),
@@ -66,7 +90,7 @@ REFUSED: list[tuple[tuple[str, ...], str, object, str]] = [
     ((MISTRAL,), "layer_types", [SLIDING, SLIDING], "null"),
     ((LLAMA, QWEN2, QWEN3), "layer_types", [FULL, SLIDING], "'full_attention' in"),
     ((LLAMA, QWEN2, QWEN3), "layer_types", "full", "'full_attention' in every layer"),
-    (EVERY, "rope_scaling", "yarn", "an object, or null"),
+    (ROPED, "rope_scaling", "yarn", "an object, or null"),
     ((PHI3,), "partial_rotary_factor", 0.75, "1.0 or null"),
     ((MIXTRAL,), "sliding_window", 4096, "null"),
     ((QWEN3_MOE,), "use_sliding_window", True, "false or null"),
@@ -104,7 +128,10 @@ ROPES: list[tuple[dict[str, Any], str, object, str]] = [
 
 
 def refusal(name: str, key: str, value: object) -> str:
-    config = {"architectures": [name], key: value}
+    keys = ARCHITECTURES[name].keys
+    sizes = {"hidden_size": 256, "num_attention_heads": 4}
+    sizes = {keys.get(size, size): number for size, number in sizes.items()}
+    config = {"architectures": [name], **sizes, key: value}
     with pytest.raises(UnsupportedError) as error:
         architecture_of(config, "m/config.json")
     return str(error.value)
@@ -117,8 +144,8 @@ def test_refused(
     for name in names:
         expected = supported.format(model_type=ARCHITECTURES[name].model_type)
         assert refusal(name, key, value).startswith(
-            f"m/config.json: {key} {value!r} is not supported with {name}; supported: "
-            f"{expected}"
+            f"m/config.json: {key} {shorten(value)} is not supported with {name}; "
+            f"supported: {expected}"
         )
 
 
@@ -178,7 +205,7 @@ def test_what_transformers_writes_by_itself_is_not_refused(name: str) -> None:
     config = getattr(transformers, name).config_class(architectures=[name])
     assert architecture_of(config.to_dict(), "x") is ARCHITECTURES[name]
     neutral = {"logit_scale": 1, "is_causal": True, "bias": None}
-    neutral["hidden_act"] = ARCHITECTURES[name].activation
+    neutral[ARCHITECTURES[name].activation_keys[0]] = ARCHITECTURES[name].activation
     config = {**config.to_dict(), **neutral}
     assert architecture_of(config, "x") is ARCHITECTURES[name]
 
@@ -247,7 +274,8 @@ def test_rope_is_that_of_vllm(name: str, rope: dict[str, Any]) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE, *GEMMAS]
+    scope="module",
+    params=[QWEN2, QWEN3, MISTRAL, PHI3, MIXTRAL, QWEN3_MOE, *GEMMAS, *NOT_ROPED],
 )
 def plain(request: Any, tmp_path_factory: Any, tiny_model: Callable[..., Path]) -> Path:
     """A checkpoint of each architecture but Llama."""
@@ -267,9 +295,6 @@ def _keys(name: str) -> dict[str, Any]:
     return {"architecture": name, "hidden_size": 256, **own.get(name, {})}
 
 
-MLP = {MIXTRAL: "block_sparse_moe", QWEN3_MOE: "mlp"}
-
-
 def check(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     shape = ModelShape.from_config(config, "config.json")
@@ -283,13 +308,19 @@ def own(directory: Path) -> list[str]:
     ]
     names = [f"{linear}.bias" for linear in architecture.biases]
     if architecture.experts is not None:
-        names.append(f"{MLP[architecture.name]}.gate.weight")
+        names.append("mlp.gate.weight")
+    if architecture.layer_norm:
+        names += ["input_layernorm.bias", "post_attention_layernorm.bias"]
     if architecture.qk_norm:
         names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
     if architecture.output_norms:
         names += ["pre_feedforward_layernorm.weight"]
         names += ["post_feedforward_layernorm.weight"]
-    return [f"model.layers.1.{name}" for name in names]
+    names = [f"model.layers.1.{name}" for name in names]
+    if architecture.position_rows is not None:
+        names += ["model.norm.bias", "model.embed_positions.weight"]
+    # One tensor has q, k and v.
+    return list(dict.fromkeys(architecture.names.stored(name) for name in names))
 
 
 def test_files_of_each_architecture(
@@ -328,11 +359,25 @@ def test_tensors_of_an_architecture_are_needed(
             check(source)
 
 
-def test_an_embedding_that_vllm_holds_is_finite(
-    tmp_path: Path, tiny_model: Callable[..., Path], rewrite: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        (GEMMA2, "model.embed_tokens.weight"),
+        (OPT, "model.decoder.embed_tokens.weight"),
+        (OPT, "model.decoder.embed_positions.weight"),
+        (OPT, "lm_head.weight"),
+        (GPT2, "transformer.wpe.weight"),
+    ],
+)
+def test_a_vocabulary_that_vllm_holds_is_finite(
+    architecture: str,
+    name: str,
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    rewrite: Callable[..., Path],
 ) -> None:
     """No layer method of ours sees it."""
-    plain, name = tiny_model(tmp_path, **_keys(GEMMA2)), "model.embed_tokens.weight"
+    plain = tiny_model(tmp_path, **_keys(architecture))
     rewrite(plain, lambda tensors: tensors[name][3].fill_(math.nan))
     with pytest.raises(CheckpointError, match=f"{name} of .* holds a non-finite value"):
         check(plain)

@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package knows of a model: sizes, tensors and where rotations go.
+"""What this package knows of a model: sizes and tensors.
 
 Reads config.json; does not need vLLM.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .decoder import Architecture
 from .errors import UnsupportedError
-from .kernels.hadamard.matrices import exists, largest_order
-from .kernels.kv4_store.layout import HEAD_DIMS
+from .module_names import FUSED, ROLES, ModuleNames
 from .rope_config import FULL, SLIDING
-from .schema import Rotation, Rotations, Scheme
-from .supported_models import LLAMA, Architecture, architecture_of
+from .supported_models import LLAMA, architecture_of
 
-MIN_BLOCK = 16
 # Of a mixture of experts, after ``model.layers.N.``; it is never quantized.
 ROUTER = "mlp.gate"
-EMBEDDING = "model.embed_tokens.weight"
-# Tensor parallel sizes that one model may be served with, largest first.
-PARALLEL_SIZES = (8, 4, 2, 1)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+POSITIONS = "model.embed_positions.weight"
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1 << 12
 # In all layers.
@@ -36,6 +33,7 @@ class ModelShape:
     Attributes:
         intermediate_size: of the MLP, or of one expert.
         biases: linears that have one, by name after ``model.layers.N.``.
+        positions: rows of the table of learned positions, 0 for none.
         sliding_window: tokens that a token attends to, itself included; None for all.
         full_layers: indices of those that attend to all nevertheless.
         query_scalar: attention's scores are divided by its square root; None is
@@ -57,6 +55,7 @@ class ModelShape:
     vocab_size: int
     tie_word_embeddings: bool
     biases: frozenset[str] = frozenset()
+    positions: int = 0
     sliding_window: int | None = None
     full_layers: frozenset[int] = frozenset()
     query_scalar: float | None = None
@@ -82,6 +81,7 @@ class ModelShape:
         architecture = architecture_of(config, source)
 
         def size(key: str, derived: int | None = None, largest: int = MAX_SIZE) -> int:
+            key = architecture.keys.get(key, key)
             value = config.get(key, architecture.defaults.get(key))
             value = derived if value is None else value
             if type(value) is not int or not 0 < value <= largest:
@@ -153,12 +153,16 @@ class ModelShape:
             count = next((k for k in experts.count if k in config), experts.count[0])
             num_experts = size(count, largest=MAX_EXPERTS // layers)
             per_token = size("num_experts_per_tok", largest=num_experts)
+        positions = 0
+        if architecture.position_rows is not None:
+            positions = size("max_position_embeddings") + architecture.position_rows
         keys = [key for key in architecture.bias_keys if flag(key)]
         biased = [name for key in keys for name in architecture.bias_keys[key]]
         return cls(
             hidden_size=hidden,
             intermediate_size=size(
-                "intermediate_size" if experts is None else experts.size
+                "intermediate_size" if experts is None else experts.size,
+                architecture.mlp_ratio and architecture.mlp_ratio * hidden,
             ),
             num_layers=layers,
             num_heads=heads,
@@ -167,6 +171,7 @@ class ModelShape:
             vocab_size=size("vocab_size"),
             tie_word_embeddings=flag("tie_word_embeddings"),
             biases=frozenset((*architecture.biases, *biased)),
+            positions=positions,
             sliding_window=window,
             full_layers=frozenset(n for n, kind in enumerate(types) if kind == FULL),
             query_scalar=number("query_pre_attn_scalar")
@@ -185,16 +190,17 @@ class ModelShape:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the model, no two of them stacked."""
         hidden = self.hidden_size
-        names: dict[str, tuple[int, ...]] = {
-            EMBEDDING: (self.vocab_size, hidden),
-            "model.norm.weight": (hidden,),
-        }
+        kinds = ("weight", "bias") if self.architecture.layer_norm else ("weight",)
+        names: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, hidden)}
+        if self.positions:
+            names[POSITIONS] = (self.positions, hidden)
+        names |= {f"model.norm.{kind}": (hidden,) for kind in kinds}
         if not self.tie_word_embeddings:
-            names["lm_head.weight"] = (self.vocab_size, hidden)
+            names[HEAD] = (self.vocab_size, hidden)
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
             for norm in self.norms():
-                names[f"{prefix}{norm}.weight"] = (hidden,)
+                names |= {f"{prefix}{norm}.{kind}": (hidden,) for kind in kinds}
             for name, (n, k) in self._linears().items():
                 names[f"{prefix}{name}.weight"] = (n, k)
                 if name in self.biases:
@@ -211,11 +217,20 @@ class ModelShape:
         names: dict[str, tuple[int, ...]] = {}
         for name, size in self.tensors().items():
             file_name, rows = self.in_plain(name)
-            if rows == slice(None):
-                names[file_name] = size
-            else:
-                names[file_name] = (rows.stop, *size[1:])
+            if rows != slice(None):
+                size = (rows.stop, *size[1:])
+            names[file_name] = size[::-1] if self.is_transposed(name) else size
         return names
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a plain checkpoint holds a tensor with its dimensions exchanged.
+
+        Args:
+            name: one of :meth:`tensors`.
+        """
+        module, _, kind = name.rpartition(".")
+        linear = kind == "weight" and module.rpartition(".")[2] in ROLES
+        return linear and self.architecture.conv1d
 
     def in_plain(self, name: str) -> tuple[str, slice]:
         """Tensor of a plain checkpoint that holds one of the model, and its rows.
@@ -223,8 +238,6 @@ class ModelShape:
         Args:
             name: one of :meth:`tensors`.
         """
-        if self.num_experts:
-            return self.stored(name), slice(None)
         module, _, kind = name.rpartition(".")
         for fused, parts in self.architecture.fused.items():
             for index, part in enumerate(parts):
@@ -232,31 +245,34 @@ class ModelShape:
                     continue
                 start = sum(self._rows(other) for other in parts[:index])
                 rows = slice(start, start + self._rows(part))
-                return f"{module.removesuffix(part)}{fused}.{kind}", rows
-        return name, slice(None)
+                whole = f"{module.removesuffix(part)}{fused}.{kind}"
+                return self.names.stored(whole), rows
+        return self.names.stored(name), slice(None)
 
-    def stored(self, name: str) -> str:
-        """Name of a tensor in the files of a checkpoint."""
-        for here, there in self._renamed():
-            name = name.replace(here, there)
-        return name
+    def in_lowbit(self, name: str) -> tuple[str, slice]:
+        """The same of a lowbit checkpoint, where what is quantized has other tensors.
 
-    def named_here(self, stored: str) -> str:
-        """What :meth:`stored` is the other way round of."""
-        for here, there in self._renamed():
-            stored = stored.replace(there, here)
-        return stored
+        Args:
+            name: as one of :meth:`tensors`, or with another last part.
+        """
+        stacked, rows = self.in_plain(name)
+        own = self.names.stored(name)
+        return own, rows if own == stacked else slice(None)
+
+    @property
+    def names(self) -> ModuleNames:
+        """Of modules and tensors, in files and in vLLM's model."""
+        return self.architecture.names
 
     def is_stock(self, stored: str) -> bool:
         """Whether a matrix of a checkpoint, by its name there, is held by a module of
-        vLLM's own: weights of experts, or a vocabulary that takes no other method."""
-        name = self.named_here(stored)
-        router = bool(self.num_experts) and name.endswith(f".{ROUTER}.weight")
-        return router or (self.architecture.stock_vocabulary and name == EMBEDDING)
-
-    def _renamed(self) -> Iterable[tuple[str, str]]:
-        experts = self.architecture.experts
-        return () if experts is None else experts.names.items()
+        vLLM's own: a router, learned positions, or a vocabulary that takes no other
+        method."""
+        name = self.names.here(stored)
+        if self.num_experts and name.endswith(f".{ROUTER}.weight"):
+            return True
+        vocabulary = (EMBEDDING, HEAD) if self.architecture.stock_vocabulary else ()
+        return name in (POSITIONS, *vocabulary)
 
     def _rows(self, linear: str) -> int:
         return self._linears()[linear][0]
@@ -272,12 +288,26 @@ class ModelShape:
             "self_attn.o_proj": (hidden, q),
         }
         for mlp in self.mlps():
-            linears[f"{mlp}.gate_proj"] = linears[f"{mlp}.up_proj"] = (
-                intermediate,
-                hidden,
-            )
+            for part in self.mlp_readers:
+                linears[f"{mlp}.{part}"] = (intermediate, hidden)
             linears[f"{mlp}.down_proj"] = (hidden, intermediate)
         return linears
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that have a learned position; None where there are no such."""
+        first = self.architecture.position_rows
+        return None if first is None else self.positions - first
+
+    @property
+    def mlp_readers(self) -> tuple[str, ...]:
+        """Linears that read the input of an MLP, in the order of their rows."""
+        return FUSED[self.mlp_input]
+
+    @property
+    def mlp_input(self) -> str:
+        """The linear that vLLM makes of them."""
+        return "gate_up_proj" if self.architecture.gated else "up_proj"
 
     def norms(self) -> list[str]:
         """Norms of a layer over hidden_size, by name after ``model.layers.N.``."""
@@ -304,102 +334,3 @@ class ModelShape:
         if not self.num_experts:
             return ["mlp"]
         return [f"mlp.experts.{expert}" for expert in range(self.num_experts)]
-
-
-def check_scheme(shape: ModelShape, scheme: Scheme, source: str) -> None:
-    """Raise UnsupportedError where the scheme does not fit the model's sizes."""
-    group_size = scheme.weights.group_size
-    if shape.architecture.stock_vocabulary and scheme.vocab_bits != 16:
-        raise UnsupportedError(
-            f"{source}: vocab_bits {scheme.vocab_bits} is not supported with "
-            f"{shape.architecture.name}, whose embedding vLLM holds by itself; "
-            "supported: 16"
-        )
-    if shape.head_dim < 2 or not exists(shape.head_dim):
-        raise UnsupportedError(
-            f"{source}: head_dim {shape.head_dim} has no Hadamard matrix"
-        )
-    if scheme.kv_cache.bits != 16 and shape.head_dim not in HEAD_DIMS:
-        raise UnsupportedError(
-            f"{source}: head_dim {shape.head_dim} has no {scheme.kv_cache.bits}-bit "
-            f"cache, supported: {', '.join(map(str, HEAD_DIMS))}; choose a scheme "
-            "without kv, such as w4a4"
-        )
-    inputs = {
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads * head_dim": shape.num_heads * shape.head_dim,
-        "intermediate_size": shape.intermediate_size,
-    }
-    for name, size in inputs.items():
-        if group_size is not None and size % group_size:
-            raise UnsupportedError(
-                f"{source}: group_size {group_size} does not divide {name} {size}"
-            )
-
-
-def flag_only_rotations(shape: ModelShape, scheme: Scheme, source: str) -> Rotations:
-    """The rotations of a plain checkpoint quantized while loading.
-
-    Every linear gets an online Hadamard on its input (o_proj's mixes heads, where
-    their number has a Hadamard order). Those of o_proj and down_proj stay inside one
-    of T blocks, T being 8 or the largest divisor of it that leaves a
-    Hadamard order, so that any tensor parallel size that divides T computes the same
-    function.
-
-    Args:
-        shape: sizes of the model.
-        scheme: what is quantized; keys are rotated for a quantized cache only.
-        source: file named in errors.
-
-    Raises:
-        UnsupportedError: when no Hadamard block of at least MIN_BLOCK elements
-            divides a size.
-    """
-    heads, head_parallel = order_per_shard(shape.num_heads, 2)
-    down, down_parallel = order_per_shard(shape.intermediate_size, MIN_BLOCK)
-    across_heads = None
-    if heads > 1:
-        across_heads = Rotation(
-            apply="online", order=heads, block=heads * shape.head_dim
-        )
-    head = Rotation(apply="folded", order=shape.head_dim, block=shape.head_dim)
-    hidden = _block("hidden_size", shape.hidden_size, source)
-    return Rotations(
-        attn_input=hidden,
-        k=head.model_copy(update={"apply": "online"})
-        if scheme.kv_cache.bits != 16
-        else None,
-        v=head,
-        o_input=across_heads,
-        mlp_input=hidden,
-        down_input=_block("intermediate_size", shape.intermediate_size, source, down),
-        max_tensor_parallel_size=min(head_parallel, down_parallel),
-    )
-
-
-def order_per_shard(
-    size: int, smallest: int, parallel_sizes: Sequence[int] = PARALLEL_SIZES
-) -> tuple[int, int]:
-    """Hadamard order and T: the largest T whose shard is one Hadamard.
-
-    Args:
-        size: elements of the whole.
-        smallest: order allowed. Where there is none, the result is the largest order
-            that divides the whole, and T = 1.
-        parallel_sizes: T to try, largest first.
-    """
-    for parallel in parallel_sizes:
-        order, rest = divmod(size, parallel)
-        if not rest and order >= smallest and exists(order):
-            return order, parallel
-    return largest_order(size), 1
-
-
-def _block(name: str, size: int, source: str, order: int | None = None) -> Rotation:
-    order = largest_order(size) if order is None else order
-    if order < MIN_BLOCK:
-        raise UnsupportedError(
-            f"{source}: {name} {size} has no Hadamard block: the largest order that "
-            f"divides it is {order}, at least {MIN_BLOCK} is supported"
-        )
-    return Rotation(apply="online", order=order, block=order, scaled=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .architecture import ModelShape
+from .architecture import HEAD, ModelShape
 from .errors import CheckpointError
 from .load_time import check_finite
 
@@ -54,19 +54,22 @@ def check_plain_checkpoint(model: str, shape: ModelShape) -> None:
         name: TensorSpec(FLOATS, size, unseen=shape.is_stock(name))
         for name, size in shape.plain_tensors().items()
     }
-    check_tensors(Path(model), expected, partial(may_be_there, shape))
+    check_tensors(
+        Path(model), expected, partial(may_be_there, shape), shape.names.whole
+    )
 
 
 def may_be_there(shape: ModelShape, name: str) -> bool:
     """Whether a tensor that is not the model's is known to be superfluous."""
-    repeated = shape.tie_word_embeddings and name == "lm_head.weight"
-    return repeated or name.endswith("rotary_emb.inv_freq")
+    repeated = shape.tie_word_embeddings and name == HEAD
+    return repeated or name.endswith(shape.architecture.superfluous)
 
 
 def check_tensors(
     directory: Path,
     expected: Mapping[str, TensorSpec],
     ignorable: Callable[[str], bool] = lambda name: False,
+    whole: Callable[[str], str] = lambda name: name,
 ) -> None:
     """Check that a checkpoint's files hold exactly the tensors they should.
 
@@ -78,6 +81,7 @@ def check_tensors(
         directory: where the files are.
         expected: every tensor that must be there.
         ignorable: other names that may be there.
+        whole: makes a name that of ``expected``, where a file may leave out its start.
 
     Raises:
         CheckpointError: naming the file and the tensor.
@@ -85,14 +89,15 @@ def check_tensors(
     seen: dict[str, Path] = {}
     for path in safetensors_files(directory):
         with open_shard(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
+            for stored in file.keys():  # noqa: SIM118 (not a mapping)
+                name = whole(stored)
                 if name in seen:
                     raise CheckpointError(
                         f"tensor {name} is in both {seen[name]} and {path}"
                     )
                 seen[name] = path
                 if name in expected:
-                    _check_tensor(file, path, name, expected[name])
+                    _check_tensor(file, path, stored, expected[name])
     missing = [n for n, spec in expected.items() if n not in seen and not spec.optional]
     if missing:
         raise CheckpointError(

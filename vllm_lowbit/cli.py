@@ -14,6 +14,7 @@ from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.inspect import inspect
 from .commands.report import report
+from .commands.sweep import sweep
 from .errors import LowbitError
 
 # Packages that some commands need, and the extra of ours that installs each.
@@ -22,6 +23,7 @@ EXTRAS = {
     "huggingface_hub": "calibrate",
     "jinja2": "calibrate",
     "matplotlib": "report",
+    "ray": "ray",
     "transformers": "calibrate",
     "yaml": "calibrate",
     "vllm": "serve",
@@ -76,5 +78,5 @@ def main(
     """4-bit weights, activations and KV cache for stock vLLM."""
 
 
-for command in (calibrate, evaluate, report, inspect, export, env):
+for command in (calibrate, evaluate, sweep, report, inspect, export, env):
     app.command()(command)

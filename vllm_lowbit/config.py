@@ -21,17 +21,21 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.platforms import current_platform
 
-from .architecture import ModelShape, check_scheme, flag_only_rotations
+from .architecture import ModelShape
 from .checkpoint import INDEX, check_plain_checkpoint
 from .errors import ConfigError, UnsupportedError
 from .lowbit_checkpoint import MANIFEST
 from .manifest import require_headers
+from .module_names import ModuleNames
+from .placement import check_scheme, flag_only_rotations
 from .refusals import refuse_attention, refuse_engine_options
 from .rotations import check_rotations
 from .schema import LoadTimeOptions, LowbitConfig, Scheme, scheme_from_name
 from .takeover.checkpoint import check_foreign_checkpoint, parse, read_quantization
 from .takeover.foreign import ForeignFormat
+from .threads import let_idle_threads_sleep
 from .verification import Verification
 from .worker_metrics import identify, make_directory
 
@@ -69,6 +73,7 @@ class LowbitQuantizationConfig(QuantizationConfig):
                 options.scheme, options.activations_symmetric, options.vocab_bits
             )
         self._resolved: LowbitConfig | None = None
+        self._names = ModuleNames()
         self._checked_engine = False
         self._verification: Verification | None = None
 
@@ -150,14 +155,20 @@ class LowbitQuantizationConfig(QuantizationConfig):
         hf_config: "PreTrainedConfig | None" = None,
         revision: str | None = None,
     ) -> None:
-        """Read the model's sizes, place or check the rotations, check the headers."""
+        """Read the model's sizes, place or check the rotations, check the headers.
+
+        The first process comes here before it starts any other.
+        """
         if hf_config is None:
             raise UnsupportedError(f"{model_name}: vLLM passed no model config")
         make_directory()
+        if current_platform.device_type == "cpu":
+            let_idle_threads_sleep()
         source = f"{model_name}/config.json"
         data = hf_config.to_dict()
         shape = ModelShape.from_config(data, source)
         check_scheme(shape, self.scheme, source)
+        self._names = shape.names
         if self.stored is None:
             rotations = flag_only_rotations(shape, self.scheme, source)
             self._resolved = LowbitConfig(scheme=self.scheme, rotations=rotations)
@@ -204,8 +215,10 @@ class LowbitQuantizationConfig(QuantizationConfig):
             if isinstance(self.stored, ForeignFormat):
                 return TakeoverLinearMethod(self.resolved, prefix, self.stored)
             if self._verification is None:
-                return LoadTimeLinearMethod(self.resolved, prefix)
-            return CheckpointLinearMethod(self.resolved, prefix, self._verification)
+                return LoadTimeLinearMethod(self.resolved, prefix, self._names)
+            return CheckpointLinearMethod(
+                self.resolved, prefix, self._verification, self._names
+            )
         if isinstance(layer, AttentionLayerBase):
             if self.scheme.kv_cache.bits == 16:
                 return None

@@ -11,21 +11,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .architecture import ModelShape, check_scheme
+from .architecture import ModelShape
 from .errors import CheckpointError
 from .kernels.kv4_store.layout import bytes_per_token
-from .load_time import FUSED
 from .lowbit_checkpoint import read_config
 from .manifest import StoredTensor, require_headers
+from .module_names import FUSED, INPUTS, ROLES
+from .placement import check_scheme
 from .schema import LowbitConfig, Rotation
 
 BF16_BYTES = 2
-_INPUTS = {
-    "qkv_proj": "attn_input",
-    "o_proj": "o_input",
-    "gate_up_proj": "mlp_input",
-    "down_proj": "down_input",
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,8 @@ class Linear:
         group_size: inputs that share a scale; None is one scale per output channel.
         activation_bits: of the input's codes, 16 where it is not quantized.
         activation_symmetric: False where the input has a zero point per token.
-        activation_clip_ratio: fraction of a token's range that is kept.
+        activation_clip_ratio: fraction of a token's range that is kept; a list of one
+            for every layer where they have their own.
         online_rotation: name of the rotation the server applies to the input, or None.
     """
 
@@ -47,7 +43,7 @@ class Linear:
     group_size: int | None
     activation_bits: int
     activation_symmetric: bool
-    activation_clip_ratio: float
+    activation_clip_ratio: float | tuple[float, ...]
     online_rotation: str | None
 
 
@@ -115,7 +111,8 @@ class Inspection:
         provenance: ``base_model``, ``base_revision`` (None for one that is not of a
             hub), ``recipe`` and ``recipe_sha256``; None where it is not known.
         scheme: name, such as ``w4a4kv4``.
-        linears: by class: ``qkv_proj``, ``o_proj``, ``gate_up_proj``, ``down_proj``.
+        linears: by class: ``qkv_proj``, ``o_proj``, ``gate_up_proj`` (``up_proj``
+            without a gate), ``down_proj``.
         vocabulary: embedding and head.
         attention: the KV cache.
         rotations: by name; keys and values as in ``quantization_config``.
@@ -182,7 +179,10 @@ def inspect(directory: Path) -> Inspection:
         checkpoint=str(directory),
         provenance=config.provenance.model_dump() if config.provenance else None,
         scheme=config.scheme.name,
-        linears={name: _linear(config, name) for name in _INPUTS},
+        linears={
+            name: _linear(config, name)
+            for name in ("qkv_proj", "o_proj", shape.mlp_input, "down_proj")
+        },
         vocabulary=_vocabulary(shape, config, stored),
         attention=_attention(config),
         rotations={
@@ -199,14 +199,15 @@ def inspect(directory: Path) -> Inspection:
 
 
 def _linear(config: LowbitConfig, name: str) -> Linear:
-    scheme, rotation = config.scheme, _INPUTS[name]
+    scheme, rotation = config.scheme, INPUTS[name]
+    kept = scheme.activations.kept(rotation)
     return Linear(
         weight_bits=scheme.weights.bits,
         weight_symmetric=scheme.weights.symmetric,
         group_size=scheme.weights.group_size,
         activation_bits=scheme.activations.bits,
         activation_symmetric=scheme.activations.symmetric,
-        activation_clip_ratio=scheme.activations.clip_ratio,
+        activation_clip_ratio=kept if scheme.activations.clip_ratios else kept[0],
         online_rotation=rotation if getattr(config.rotations, rotation) else None,
     )
 
@@ -215,7 +216,7 @@ def _vocabulary(
     shape: ModelShape, config: LowbitConfig, stored: Mapping[str, StoredTensor]
 ) -> VocabularyMatrix:
     suffix = "weight" if config.scheme.vocab_bits == 16 else "weight_packed"
-    embedding = stored[f"model.embed_tokens.{suffix}"].dtype
+    embedding = stored[shape.names.stored(f"model.embed_tokens.{suffix}")].dtype
     tied = shape.tie_word_embeddings
     return VocabularyMatrix(
         bits=config.scheme.vocab_bits,
@@ -237,15 +238,15 @@ def _attention(config: LowbitConfig) -> Attention:
 def _bits_per_weight(
     shape: ModelShape, stored: Mapping[str, StoredTensor], parameters: int
 ) -> BitsPerWeight:
-    roles = {role for parts in FUSED.values() for role in parts}
 
     def of_linear(name: str) -> bool:
         module, _, kind = name.rpartition(".")
-        return module.rpartition(".")[2] in roles and kind != "bias"
+        role = module.rpartition(".")[2]
+        return (role in ROLES or role in FUSED) and kind != "bias"
 
-    plain = shape.tensors()
+    plain, here = shape.tensors(), shape.names.here
     weights = sum(prod(size) for name, size in plain.items() if of_linear(name))
-    linears = sum(t.num_bytes for name, t in stored.items() if of_linear(name))
+    linears = sum(t.num_bytes for name, t in stored.items() if of_linear(here(name)))
     model = sum(tensor.num_bytes for tensor in stored.values())
     return BitsPerWeight(8 * linears / weights, 8 * model / parameters)
 

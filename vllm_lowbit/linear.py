@@ -10,8 +10,11 @@ from .errors import UnsupportedError
 from .kernels import dispatch
 from .kernels.grid import IntGrid
 from .linear_kernels import KERNELS, LinearSpec
-from .load_time import FUSED, activation_grid, check_finite, rotations_of
+from .load_time import activation_grid, check_finite, rotations_of
+from .module_names import FUSED, ModuleNames
 from .schema import LowbitConfig, Rotation
+
+AS_HERE = ModuleNames()
 
 
 class LinearRole:
@@ -19,16 +22,19 @@ class LinearRole:
 
     Args:
         config: what the model runs.
-        prefix: name of the layer, the last part of which is its role.
+        prefix: name of the layer; the last part of its name here is its role.
+        names: of the model's modules.
 
     Raises:
         UnsupportedError: for a role that is not known.
     """
 
-    def __init__(self, config: LowbitConfig, prefix: str) -> None:
+    def __init__(
+        self, config: LowbitConfig, prefix: str, names: ModuleNames = AS_HERE
+    ) -> None:
         self.scheme = config.scheme
-        self.prefix = prefix
-        self.role = prefix.rpartition(".")[2]
+        self.prefix, self.names = prefix, names
+        self.block, _, self.role = names.module(prefix).rpartition(".")
         if self.role not in FUSED:
             raise UnsupportedError(
                 f"linear {prefix} is not known to lowbit; supported: "
@@ -37,7 +43,7 @@ class LinearRole:
         self.parts = [rotations_of(config.rotations, part) for part in FUSED[self.role]]
         self.input_rotation: Rotation | None = self.parts[0].online_input
         self.grid = IntGrid(self.scheme.weights.bits, self.scheme.weights.symmetric)
-        self.activation_grid = activation_grid(self.scheme)
+        self.activation_grid = activation_grid(self.scheme, f"{self.block}.{self.role}")
         self.weight_only = self.activation_grid is None
         self.backend = ""
 
@@ -101,8 +107,8 @@ class LowbitLinearMethod(LinearRole, LinearMethodBase):
     @property
     def _part_names(self) -> list[str]:
         """Names in the checkpoint of the linears that are stacked in this one."""
-        block = self.prefix.rpartition(".")[0]
-        return [f"{block}.{part}" for part in FUSED[self.role]]
+        parts = [f"{self.block}.{part}." for part in FUSED[self.role]]
+        return [self.names.stored(part)[:-1] for part in parts]
 
     def _prepare_layer(self, inputs: int, output_sizes: list[int]) -> None:
         """As :meth:`LinearRole.prepare`.

@@ -8,8 +8,9 @@ import torch
 from . import truth
 from .errors import UnsupportedError
 from .kernels.packing import codes_per_block
-from .linear import LowbitLinearMethod
+from .linear import AS_HERE, LowbitLinearMethod
 from .lowbit_checkpoint import PackedWeight
+from .module_names import ModuleNames
 from .parameters import create_packed, take_packed
 from .schema import LowbitConfig
 from .verification import Verification
@@ -23,12 +24,17 @@ class CheckpointLinearMethod(LowbitLinearMethod):
         config: what the model runs.
         prefix: name of the layer.
         verification: of the whole checkpoint; nothing is served before its end.
+        names: of the model's modules.
     """
 
     def __init__(
-        self, config: LowbitConfig, prefix: str, verification: Verification
+        self,
+        config: LowbitConfig,
+        prefix: str,
+        verification: Verification,
+        names: ModuleNames = AS_HERE,
     ) -> None:
-        super().__init__(config, prefix)
+        super().__init__(config, prefix, names)
         self.verification = verification
 
     def create_weights(

@@ -4,23 +4,19 @@
 Pure torch; the vLLM layer method and the reference model share it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UnsupportedError
 from .kernels.grid import IntGrid
 from .kernels.implementations import implementation
+from .module_names import INPUTS
 from .schema import Rotation, Rotations, Scheme, Weights
 
-# Linears as vLLM fuses them, and the parts whose output rows they stack.
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "o_proj": ("o_proj",),
-    "down_proj": ("down_proj",),
-}
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def _transform(
@@ -242,12 +238,32 @@ def _stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.stack(present) if present else None
 
 
-def activation_grid(scheme: Scheme) -> IntGrid | None:
-    """Of the inputs of every linear; None where they are not quantized."""
+def activation_grid(scheme: Scheme, linear: str) -> IntGrid | None:
+    """Of the input of a linear; None where it is not quantized.
+
+    Args:
+        scheme: of the model.
+        linear: its name as vLLM fuses it, such as
+            ``model.layers.3.self_attn.qkv_proj``.
+
+    Raises:
+        UnsupportedError: where every layer has its own clip ratio, and the name says
+            no layer.
+    """
     chosen = scheme.activations
     if chosen.bits == 16:
         return None
-    return IntGrid(chosen.bits, chosen.symmetric, clip_ratio=chosen.clip_ratio)
+    ratio = chosen.clip_ratio
+    if chosen.clip_ratios is not None:
+        place = INPUTS[linear.rpartition(".")[2]]
+        layer, ratios = _LAYER.search(linear), chosen.kept(place)
+        if layer is None or int(layer[1]) >= len(ratios):
+            raise UnsupportedError(
+                f"linear {linear} is in none of the {len(ratios)} layers of "
+                f"scheme.activations.clip_ratios.{place}"
+            )
+        ratio = ratios[int(layer[1])]
+    return IntGrid(chosen.bits, chosen.symmetric, clip_ratio=ratio)
 
 
 def _rows_at_a_time(columns: int) -> int:

@@ -4,8 +4,9 @@
 Beside the files of any Hugging Face checkpoint (config.json, tokenizer, safetensors
 shards) a lowbit one has ``lowbit_manifest.json``, which says what every tensor and
 every key of config.json was, and ``recipe.yaml``. Tensors keep the names of the model
-they were made from, except that stacked linears (``qkv_proj``, ``gate_up_proj``) are
-split into ``q_proj``, ``k_proj`` and so on, and that a quantized matrix ``X.weight`` is
+they were made from, except that stacked linears (``qkv_proj``, ``gate_up_proj``, not
+GPT-2's ``c_attn``) are split into ``q_proj``, ``k_proj`` and so on, and that a
+quantized matrix ``X.weight`` is
 
 * ``X.weight_packed``: int32, codes as in ``kernels/packing.py``;
 * ``X.weight_scale``: float32 ``[n, groups]``;
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .architecture import ModelShape
+from .architecture import EMBEDDING, HEAD, ModelShape
 from .checkpoint import FLOATS, TensorSpec, read_json
 from .errors import CheckpointError, ConfigError
 from .kernels.grid import IntGrid
@@ -64,9 +65,10 @@ def expected_tensors(shape: ModelShape, config: LowbitConfig) -> dict[str, Tenso
     """Every tensor a lowbit checkpoint of this model must hold, in file order."""
     tensors: dict[str, TensorSpec] = {}
     for name, size in shape.tensors().items():
-        module = name.removesuffix(".weight")
-        vocabulary = module in ("model.embed_tokens", "lm_head")
-        stored = shape.stored(name)
+        vocabulary = name in (EMBEDDING, HEAD)
+        stored, rows = shape.in_lowbit(name)
+        if rows != slice(None):
+            size = (rows.stop, *size[1:])
         stock = shape.is_stock(stored)
         if len(size) == 1 or stock or (vocabulary and config.scheme.vocab_bits == 16):
             tensors[stored] = TensorSpec(FLOATS, size, unseen=stock)

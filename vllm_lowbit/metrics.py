@@ -3,7 +3,7 @@
 
 Labelled by ``model_name`` and ``engine`` like vLLM's own. There is no metric of
 saturated activations: a grid spans the extremes of its own token, or the fraction of
-them that the checkpoint's ``clip_ratio`` says, whatever the load.
+them that the checkpoint's clip ratios say, whatever the load.
 """
 
 import functools

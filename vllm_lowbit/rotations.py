@@ -94,6 +94,13 @@ def _model_problems(shape: ModelShape, config: LowbitConfig) -> list[str]:
             f"rotations.residual: the weights of {' and '.join(norms.values())} do not "
             "let it pass; supported: null"
         )
+    elif residual is not None and shape.architecture.layer_norm:
+        if residual.apply == "online" or shape.tie_word_embeddings:
+            problems.append(
+                f"rotations.residual: apply is {residual.apply} and "
+                f"tie_word_embeddings {str(shape.tie_word_embeddings).lower()}; "
+                "supported with LayerNorms: folded and false"
+            )
     elif residual is not None and shape.tie_word_embeddings != (
         residual.apply == "online"
     ):

@@ -6,6 +6,7 @@ in at load time, the description of a plain checkpoint served with the flag alon
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -48,24 +49,72 @@ class Weights(StrictModel):
     """Input elements that share a scale; None is one scale per output channel."""
 
 
+# Of a token's range, what may be kept.
+LEAST_CLIP_RATIO, MOST_CLIP_RATIO = 0.5, 1.0
+ClipRatio = Annotated[float, Field(ge=LEAST_CLIP_RATIO, le=MOST_CLIP_RATIO)]
+OfEveryLayer = Annotated[tuple[ClipRatio, ...], Field(min_length=1, strict=False)]
+
+
+class ClipRatios(StrictModel):
+    """Fraction of each token's range that is kept, a value for every layer in order.
+
+    Linears that share an input, and so its codes, share a value: q, k and v, gate and
+    up, and all experts of a layer.
+    """
+
+    attn_input: OfEveryLayer
+    """Of q, k and v."""
+    o_input: OfEveryLayer
+    mlp_input: OfEveryLayer
+    """Of gate and up."""
+    down_input: OfEveryLayer
+
+
 class Activations(StrictModel):
     """Grid of the linear inputs: dynamic, per token. 16 bits means unquantized."""
 
     bits: Literal[4, 6, 8, 16]
     symmetric: bool = False
-    clip_ratio: float = Field(default=1.0, ge=0.5, le=1.0)
+    clip_ratio: ClipRatio = 1.0
     """Fraction of each token's range that is kept."""
+    clip_ratios: ClipRatios | None = None
+    """The same where every input has its own; ``clip_ratio`` is 1 then."""
 
     @model_validator(mode="after")
     def _clips_what_is_quantized(self) -> Self:
-        if self.bits == 16 and self.clip_ratio != 1:
-            raise ValueError("clip_ratio has no effect with bits 16, remove it")
+        if self.clip_ratio != 1 and self.clip_ratios is not None:
+            raise ValueError("clip_ratio has no effect with clip_ratios, remove it")
+        for name in ("clip_ratio", "clip_ratios"):
+            if self.bits == 16 and getattr(self, name) not in (None, 1):
+                raise ValueError(f"{name} has no effect with bits 16, remove it")
         return self
 
+    def kept(self, place: str | None = None) -> tuple[float, ...]:
+        """Fractions of a range that are kept: one, or one for every layer.
 
-def clipped(clip_ratio: float) -> str:
-    """What to say of a grid after its scale: nothing where all of a range is kept."""
-    return "" if clip_ratio == 1 else f", clipped to {clip_ratio:g} of its range"
+        Args:
+            place: ``attn_input``, ``o_input``, ``mlp_input`` or ``down_input``; None
+                for all of them one after another.
+        """
+        if self.clip_ratios is None:
+            return (self.clip_ratio,)
+        every = dict(self.clip_ratios)
+        names = every if place is None else (place,)
+        return tuple(ratio for name in names for ratio in every[name])
+
+
+def clipped(ratios: Sequence[float]) -> str:
+    """What to say of a grid after its scale: nothing where all of a range is kept.
+
+    Args:
+        ratios: of :meth:`Activations.kept`.
+    """
+    least, most = min(ratios), max(ratios)
+    if least == 1:
+        return ""
+    if len(ratios) == 1:
+        return f", clipped to {least:g} of its range"
+    return f", clipped to {least:g} to {most:g} of its range, by layer"
 
 
 class KVCache(StrictModel):
@@ -92,6 +141,15 @@ class Scheme(StrictModel):
         if self.weights.group_size is not None:
             name += f"-g{self.weights.group_size}"
         return name
+
+    def with_clip_ratios(self, ratios: ClipRatios) -> Self:
+        """This scheme where every input of every layer has its own clip ratio."""
+        activations = Activations(
+            bits=self.activations.bits,
+            symmetric=self.activations.symmetric,
+            clip_ratios=ratios,
+        )
+        return self.model_copy(update={"activations": activations})
 
 
 class Rotation(StrictModel):
@@ -129,7 +187,9 @@ class Rotations(StrictModel):
 
     residual: Rotation | None = None
     """Of the whole residual stream. ``online`` where embedding and head share one
-    matrix: it is applied after the look-up and undone before the head."""
+    matrix: it is applied after the look-up and undone before the head. Of a model with
+    LayerNorms it is followed by the rotation in one plane that takes the image of the
+    vector of ones back to it, and always folded."""
     attn_input: Rotation | None = None
     """On the shared input of q, k and v."""
     k: Rotation | None = None

@@ -8,10 +8,12 @@ read it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+from .decoder import Architecture, Experts
 from .errors import UnsupportedError
+from .module_names import ModuleNames
 from .rope_config import (
     FULL,
     LAYER_TYPES,
@@ -29,91 +31,6 @@ _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in place of every MLP; a token's weights are a softmax.
-
-    Attributes:
-        count: key of the config with their number, or what transformers makes of it.
-        size: key with the intermediate size of one.
-        renormalize: key that says whether the weights of a token's experts are scaled
-            to a sum of one; None where they always are.
-        names: of modules as they are here, and in files.
-    """
-
-    count: tuple[str, ...]
-    size: str
-    renormalize: str | None = None
-    names: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """In what an architecture differs from the decoder they share.
-
-    Attributes:
-        name: in ``architectures`` of config.json.
-        model_type: in config.json; the config class of transformers goes by it.
-        biases: linears that have a bias whatever the config says.
-        bias_keys: keys of the config and the linears that have one where it is true.
-        qk_norm: whether RMSNorms of ``head_dim`` weights, shared by all heads, come
-            between the projections of queries and keys and RoPE.
-        window: what ``sliding_window`` does: it is the window of every layer; of those
-            that ``layer_types`` says; nothing, as ``use_sliding_window`` has to be
-            false; or there is no such key.
-        full_every: without ``layer_types``, every so many layers one has no window.
-        full_every_key: key of the config that says another number.
-        fused: tensors of a plain checkpoint that stack those of several linears, by
-            name after ``model.layers.N.``; lowbit checkpoints hold each by itself.
-        rope_types: kinds of RoPE it may have.
-        rope_by_type: whether layers of each type have RoPE parameters of their own.
-        whole_heads: whether the heads have to share hidden_size evenly.
-        defaults: what keys mean that are not in config.json, where a null means
-            something else.
-        experts: what stands in place of the MLP; None is the MLP.
-        norm_offset: added to the weight of every RMSNorm before it multiplies.
-        mlp_norm: name of the norm before the MLP.
-        output_norms: names of norms on what attention (``self_attn``) and MLP
-            (``mlp``) add to the residual stream. No rotation of the stream can be
-            folded through their weights.
-        activation: of the MLP's gate, as transformers names it.
-        activation_keys: of the config, that say so.
-        scaled_embedding: whether looked-up rows are multiplied by the square root of
-            hidden_size, rounded to the model's dtype.
-        query_scalar: whether ``query_pre_attn_scalar`` takes the place of head_dim in
-            the scale of attention's scores.
-        attention_cap, logits_cap: keys with the soft caps, ``cap * tanh(x / cap)``,
-            of attention's scores and of the logits; None where there is none.
-        stock_vocabulary: whether vLLM's model takes no quantization of its embedding,
-            which is its head as well: it is tied and stays in 16 bits.
-    """
-
-    name: str
-    model_type: str
-    biases: tuple[str, ...] = ()
-    bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
-    qk_norm: bool = False
-    window: Literal["every layer", "by layer", "switched off", "none"] = "none"
-    full_every: int = 1
-    full_every_key: str | None = None
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
-    rope_by_type: bool = False
-    whole_heads: bool = False
-    defaults: Mapping[str, float] = field(default_factory=dict, hash=False)
-    experts: Experts | None = None
-    norm_offset: float = 0.0
-    mlp_norm: str = "post_attention_layernorm"
-    output_norms: Mapping[str, str] = field(default_factory=dict, hash=False)
-    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
-    activation_keys: tuple[str, ...] = ("hidden_act",)
-    scaled_embedding: bool = False
-    query_scalar: bool = False
-    attention_cap: str | None = None
-    logits_cap: str | None = None
-    stock_vocabulary: bool = False
-
-
 LLAMA = Architecture(
     name="LlamaForCausalLM",
     model_type="llama",
@@ -126,6 +43,8 @@ _GEMMA_2 = Architecture(
     full_every=2,
     bias_keys={"attention_bias": _ATTENTION},
     rope_types=("default",),
+    # Its embedding is its head.
+    neutral={"tie_word_embeddings": (True,)},
     defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,
@@ -148,6 +67,101 @@ _GEMMA_2 = Architecture(
     attention_cap="attn_logit_softcapping",
     logits_cap="final_logit_softcapping",
     stock_vocabulary=True,
+)
+_OPT = Architecture(
+    name="OPTForCausalLM",
+    model_type="opt",
+    biases=(*_ATTENTION, "mlp.up_proj", "mlp.down_proj"),
+    rope_types=(),
+    position_rows=2,
+    whole_heads=True,
+    keys={"intermediate_size": "ffn_dim"},
+    # vLLM sizes the KV cache by the second, and its model does not read it.
+    equal={
+        "word_embed_proj_dim": "hidden_size",
+        "num_key_value_heads": "num_attention_heads",
+    },
+    neutral={
+        # False of opt-350m: its norms come after what they would be folded into.
+        "do_layer_norm_before": (True,),
+        "_remove_final_layer_norm": (False,),
+        "enable_bias": (True,),
+        "layer_norm_elementwise_affine": (True,),
+    },
+    defaults={"max_position_embeddings": 2048, "tie_word_embeddings": True},
+    names=ModuleNames(
+        (
+            (".input_layernorm.", ".self_attn_layer_norm."),
+            (".post_attention_layernorm.", ".final_layer_norm."),
+            (".o_proj.", ".out_proj."),
+            (".mlp.up_proj.", ".fc1."),
+            (".mlp.down_proj.", ".fc2."),
+            ("model.norm.", "model.final_layer_norm."),
+            ("model.", "model.decoder."),
+        ),
+        left_out="model.",
+    ),
+    gated=False,
+    layer_norm=True,
+    norm_eps=1e-5,
+    activation="relu",
+    activation_keys=("activation_function",),
+    stock_vocabulary=True,
+)
+_GPT2 = Architecture(
+    name="GPT2LMHeadModel",
+    model_type="gpt2",
+    biases=_OPT.biases,
+    fused={"self_attn.qkv_proj": _QKV},
+    rope_types=(),
+    position_rows=0,
+    whole_heads=True,
+    mlp_ratio=4,
+    keys={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+    },
+    equal={"num_key_value_heads": "n_head"},
+    neutral={
+        # What transformers takes for the keys above.
+        "hidden_size": (),
+        "num_hidden_layers": (),
+        "num_attention_heads": (),
+        "max_position_embeddings": (),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+    },
+    defaults={"n_positions": 1024, "tie_word_embeddings": True},
+    names=ModuleNames(
+        (
+            (".input_layernorm.", ".ln_1."),
+            (".post_attention_layernorm.", ".ln_2."),
+            *((f".{part}.", ".attn.c_attn.") for part in _QKV),
+            (".self_attn.o_proj.", ".attn.c_proj."),
+            (".mlp.up_proj.", ".mlp.c_fc."),
+            (".mlp.down_proj.", ".mlp.c_proj."),
+            ("model.layers.", "transformer.h."),
+            ("model.embed_tokens.", "transformer.wte."),
+            ("model.embed_positions.", "transformer.wpe."),
+            ("model.norm.", "transformer.ln_f."),
+            # Last, so that it is what the name there stands for.
+            (".self_attn.qkv_proj.", ".attn.c_attn."),
+        ),
+        left_out="transformer.",
+    ),
+    gated=False,
+    layer_norm=True,
+    norm_eps="layer_norm_epsilon",
+    activation="gelu_new",
+    activation_keys=("activation_function",),
+    conv1d=True,
+    # Masks.
+    superfluous=(".attn.bias", ".attn.masked_bias"),
 )
 ARCHITECTURES = {
     architecture.name: architecture
@@ -191,15 +205,14 @@ ARCHITECTURES = {
             name="MixtralForCausalLM",
             model_type="mixtral",
             defaults={"num_key_value_heads": 8, "num_experts_per_tok": 2},
-            experts=Experts(
-                count=("num_local_experts",),
-                size="intermediate_size",
-                names={
-                    ".mlp.": ".block_sparse_moe.",
-                    ".gate_proj.": ".w1.",
-                    ".up_proj.": ".w3.",
-                    ".down_proj.": ".w2.",
-                },
+            experts=Experts(count=("num_local_experts",), size="intermediate_size"),
+            names=ModuleNames(
+                (
+                    (".mlp.", ".block_sparse_moe."),
+                    (".gate_proj.", ".w1."),
+                    (".up_proj.", ".w3."),
+                    (".down_proj.", ".w2."),
+                )
             ),
         ),
         Architecture(
@@ -224,6 +237,7 @@ ARCHITECTURES = {
             full_every_key="sliding_window_pattern",
             rope_types=("default", "linear"),
             rope_by_type=True,
+            neutral={},
             defaults={
                 key: value
                 for key, value in _GEMMA_2.defaults.items()
@@ -232,6 +246,8 @@ ARCHITECTURES = {
             attention_cap=None,
             stock_vocabulary=False,
         ),
+        _OPT,
+        _GPT2,
     )
 }
 
@@ -300,10 +316,12 @@ def _refused(config: Mapping[str, Any], architecture: Architecture) -> Refused:
         key: (False,) for key in _BIAS_KEYS if key not in architecture.bias_keys
     }
     neutral |= dict.fromkeys(architecture.activation_keys, (architecture.activation,))
+    neutral |= architecture.neutral
+    neutral |= {key: (config.get(own),) for key, own in architecture.equal.items()}
     if architecture.attention_cap is not None:
         del neutral[architecture.attention_cap]
-    if architecture.stock_vocabulary:
-        neutral["tie_word_embeddings"] = (True,)
+    if architecture.position_rows is not None:
+        neutral |= dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta"), ())
     if architecture.window == "switched off":
         neutral["use_sliding_window"] = (False,)
     if architecture.window == "none":
@@ -311,7 +329,10 @@ def _refused(config: Mapping[str, Any], architecture: Architecture) -> Refused:
     for key, values in neutral.items():
         value = config.get(key)
         if value is not None and not any(same(value, other) for other in values):
-            yield key, value, " or ".join([*map(_json, values), "null"])
+            supported = " or ".join([*map(_json, values), "null"])
+            if key == "do_layer_norm_before":
+                supported += ", norms before attention and MLP, unlike opt-350m"
+            yield key, value, supported
     types = config.get("layer_types")
     if types is not None and architecture.window == "every layer":
         # vLLM and transformers disagree on which layers have the window then.

@@ -9,6 +9,7 @@ import torch
 from .kernels import dispatch
 from .kernels.kv4_store.layout import bytes_per_token
 from .lowbit_checkpoint import residual_is_online
+from .module_names import INPUTS
 from .schema import LowbitConfig, Rotation, clipped
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def linear_ready(method: "LinearRole", taken_over: str | None = None) -> None:
         "unquantized"
         if method.weight_only
         else f"int{scheme.activations.bits} {_kind(scheme.activations.symmetric)} "
-        f"per token{clipped(scheme.activations.clip_ratio)}"
+        f"per token{clipped(scheme.activations.kept(INPUTS[method.role]))}"
     )
     _log_once(
         f"{_class(method)}: weights {weights}, activations {activations}, "

@@ -1,33 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of hadamard_quantize: the tiles of the widths of well-known models."""
+"""Cases of hadamard_quantize: the rows of well-known models."""
 
 from collections.abc import Iterator
 
 import torch
 import triton.language as tl
 
-from vllm_lowbit.kernels.gpu.target import lanes
-from vllm_lowbit.kernels.hadamard.triton import Tile, tile_of
-from vllm_lowbit.kernels.hadamard.triton_kernel import factor_kernel
-from vllm_lowbit.kernels.hadamard_quantize.triton import tile_warps
+from vllm_lowbit.kernels.hadamard.triton import Tile, blocks_of, tile_of
+from vllm_lowbit.kernels.hadamard_quantize.triton import (
+    BLOCKS_STAGES,
+    blocks_constants,
+    blocks_warps,
+    tile_warps,
+)
+from vllm_lowbit.kernels.hadamard_quantize.triton_blocks import blocks_kernel
 from vllm_lowbit.kernels.hadamard_quantize.triton_kernel import row_kernel, tile_kernel
 
 from .case import QUICK_TARGETS, TARGETS, Case
 
 # (n, order, stride): hidden and intermediate sizes of Llama 3 8B and 70B and Qwen3 8B,
-# blocks of 128, and 32 heads of 128.
+# and 32 heads of 128.
 ROWS = (
     (4096, 4096, 1),
     (8192, 8192, 1),
     (12288, 12288, 1),
     (14336, 14336, 1),
-    (28672, 128, 1),
     (4096, 32, 128),
 )
+# As down_proj is served: of one order in each of eight shards. Then blocks of 128 and
+# all of a row, as recipes have it, and the largest intermediate size of a supported
+# model.
+BLOCKS = (
+    (12288, 1536, 1),
+    (14336, 1792, 1),
+    (18944, 2368, 1),
+    (28672, 3584, 1),
+    (29568, 3696, 1),
+    (28672, 128, 1),
+    (14336, 14336, 1),
+    (18944, 18944, 1),
+    (28672, 28672, 1),
+    (36864, 4608, 1),
+)
 QUICK = (4096, 4096, 1)
+QUICK_BLOCKS = (14336, 1792, 1)
 # Bound by memory, not by products: any unit for matrices of floats will do.
 MATRIX = r"HMMA|HGMMA|v_mfma_f32"
 CEILING = 4500
+BLOCKS_CEILING = 6000
 POINTERS = {
     "x_ptr": "*bf16",
     "weight_ptr": "*bf16",
@@ -47,14 +67,18 @@ GRID = {"CODE_MIN": -7, "CODE_MAX": 7, "SYMMETRIC": True, "QUANTIZE": True}
 
 
 def cases() -> Iterator[Case]:
-    """Every row on every target, rows without a transform, and a lone factor."""
+    """Every row on every target, and rows without a transform."""
     for target in TARGETS:
         for row in ROWS:
             tile = tile_of(*row, False, torch.device("cpu"), target)
             if tile is None:
-                continue  # The factors, below.
+                continue  # In blocks, below.
             for prologue in (0, 1, 2) if row == QUICK else (0,):
                 yield _tile_case(target, row, tile, prologue)
+        for row in BLOCKS:
+            if tile_of(*row, False, torch.device("cpu"), target) is None:
+                yield _blocks_case(target, row)
+        yield _blocks_case(target, QUICK_BLOCKS, quantize=False)
         yield Case(
             operator="hadamard_quantize",
             name="no transform",
@@ -71,28 +95,40 @@ def cases() -> Iterator[Case]:
             aligned=("x_stride", "N"),
             options={"num_warps": 8, "enable_fp_fusion": False},
         )
-        yield Case(
-            operator="hadamard",
-            name="factor 224 x 128",
-            kernel=factor_kernel,
-            target=target,
-            types={
-                **dict.fromkeys(("x_ptr", "y_ptr"), "*fp32"),
-                "table_ptr": "*bf16",
-                "columns": "i32",
-                **dict.fromkeys(("before", "after"), "fp32"),
-            },
-            constants={
-                "ORDER": 224,
-                "STRIDE": 128,
-                "SIZE": 256,
-                "BLOCK": 64,
-                "DOT": tl.bfloat16,
-            },
-            aligned=("columns",),
-            options={"num_warps": 8, "num_stages": 2},
-            matrix=MATRIX,
-        )
+
+
+def _blocks_case(target: str, row: tuple[int, int, int], quantize: bool = True) -> Case:
+    """As served: asymmetric, scaled. The parts of scaled fp16 and bf16 are two."""
+    n, order, stride = row
+    blocks = blocks_of(*row, False, torch.device("cpu"), target)
+    return Case(
+        operator="hadamard_quantize" if quantize else "hadamard",
+        name=f"n {n} order {order} stride {stride} in blocks",
+        kernel=blocks_kernel,
+        target=target,
+        types=TYPES if quantize else {**TYPES, "out_ptr": "*fp32"},
+        constants={
+            **GRID,
+            "N": n,
+            **blocks_constants(blocks),
+            "PARTS": 2,
+            "PROLOGUE": 0,
+            "SCALED": True,
+            "QUANTIZE": quantize,
+            "CODE_MIN": -8,
+            "SYMMETRIC": False,
+            "DOT": tl.bfloat16,
+        },
+        aligned=("x_stride",),
+        options={
+            "num_warps": blocks_warps(blocks),
+            "num_stages": BLOCKS_STAGES,
+            "enable_fp_fusion": False,
+        },
+        matrix=MATRIX,
+        ceiling=BLOCKS_CEILING,
+        quick=row == QUICK_BLOCKS and quantize and target in QUICK_TARGETS,
+    )
 
 
 def _tile_case(
@@ -122,7 +158,7 @@ def _tile_case(
         },
         aligned=("x_stride",),
         options={
-            "num_warps": tile_warps(tile, lanes(target)),
+            "num_warps": tile_warps(tile),
             "enable_fp_fusion": False,
         },
         matrix=MATRIX,

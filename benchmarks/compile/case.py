@@ -59,7 +59,6 @@ class Case:
             None for no limit.
         need: what a launch takes the kernel to need of the chip's memories, None where
             it does not ask; the compiler must not take more.
-        spills: that are known of and not yet mended; the report lists them.
         quick: also compiled by the tests that always run.
     """
 
@@ -74,5 +73,4 @@ class Case:
     matrix: str | None = None
     ceiling: int | None = None
     need: Need | None = None
-    spills: int = 0
     quick: bool = False

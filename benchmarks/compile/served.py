@@ -16,19 +16,6 @@ from .activations import ROWS, _tile_case
 from .case import TARGETS, Case
 
 SERVED = {"SCALED": True, "PARTS": 3, "SYMMETRIC": False, "CODE_MIN": -8}
-# 224 blocks of 128 are too many for the registers of a tile, in three parts.
-BLOCKS = (28672, 128, 1)
-SPILLS = {
-    "sm_80": 1331,
-    "sm_86": 1443,
-    "sm_89": 1443,
-    "sm_90": 395,
-    "sm_100": 1465,
-    "sm_103": 1465,
-    "sm_120": 1430,
-    "gfx942": 74,
-    "gfx950": 78,
-}
 CEILING = 4600
 
 
@@ -46,6 +33,5 @@ def cases() -> Iterator[Case]:
                 types={**case.types, "x_ptr": "*fp16"},
                 constants={**case.constants, **SERVED},
                 ceiling=CEILING,
-                spills=SPILLS[target] if row == BLOCKS else 0,
                 quick=False,
             )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_lowbit.threads import SPIN_COUNT, TURNS
+
 from .options import Options
 
 KV_BYTES = 2 << 30
@@ -26,6 +28,7 @@ class Arm:
         vocab_bits: of embedding and head.
         stock: scheme of the stock checkpoint, empty for bf16; None for ours.
         scheme: of ours.
+        sleeping: idle threads wait as this plugin lets them, in a stock engine.
     """
 
     weight_bits: int
@@ -34,6 +37,7 @@ class Arm:
     vocab_bits: int
     stock: str | None = None
     scheme: str | None = None
+    sleeping: bool = False
 
     def checkpoint(self, options: Options) -> Path:
         """Directory of the checkpoint that is served, written where missing."""
@@ -53,7 +57,8 @@ class Arm:
 
     def environment(self) -> dict[str, str]:
         """Stock arms run without any plugin."""
-        return {"VLLM_PLUGINS": "lowbit" if self.scheme else "none"}
+        waiting = {SPIN_COUNT: TURNS} if self.sleeping else {}
+        return waiting | {"VLLM_PLUGINS": "lowbit" if self.scheme else "none"}
 
     def weight_bytes(self, model: dict[str, Any]) -> int:
         """Bytes of weights and scales that computing one token reads."""
@@ -82,6 +87,7 @@ class Arm:
 
 
 BF16 = "bf16"
+BF16_SLEEPING = "bf16, idle threads sleep"
 STOCK_W4A16 = "stock W4A16"
 STOCK_W8A8 = "stock W8A8"
 OURS = "w4a4kv4, 8-bit vocabulary"
@@ -89,13 +95,16 @@ OURS_16 = "w4a4kv4"
 OURS_W4A16 = "w4a16kv4, 8-bit vocabulary"
 ARMS: dict[str, Arm] = {
     BF16: Arm(16, None, 0, 16, stock=""),
+    BF16_SLEEPING: Arm(16, None, 0, 16, stock="", sleeping=True),
     STOCK_W4A16: Arm(4, 128, 2, 16, stock="w4a16-g128"),
     STOCK_W8A8: Arm(8, None, 4, 16, stock="w8a8"),
     OURS: Arm(4, None, 4, 8, scheme="w4a4kv4"),
     OURS_16: Arm(4, None, 4, 16, scheme="w4a4kv4"),
     OURS_W4A16: Arm(4, None, 4, 8, scheme="w4a16kv4"),
 }
-STOCK = tuple(name for name, arm in ARMS.items() if arm.stock is not None)
+STOCK = tuple(
+    name for name, arm in ARMS.items() if arm.stock is not None and not arm.sleeping
+)
 LOWBIT = tuple(name for name, arm in ARMS.items() if arm.scheme is not None)
 
 

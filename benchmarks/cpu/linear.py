@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from vllm_lowbit.architecture import ModelShape, flag_only_rotations
+from vllm_lowbit.architecture import ModelShape
+from vllm_lowbit.placement import flag_only_rotations
 from vllm_lowbit.schema import DEFAULT_SCHEME, Rotation, scheme_from_name
 
 from .linear_arms import LINEAR_ARMS, Layer, LinearArm

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .arms import ARMS, OURS_W4A16, engine_arguments
+from .arms import ARMS, LOWBIT, OURS_W4A16, STOCK, engine_arguments
 from .checkpoints import tiny_checkpoint
 from .options import Options
 
@@ -21,7 +21,7 @@ KV_BYTES = 128 << 20
 
 def cells(options: Options) -> list[str]:
     """The baseline and every arm whose weights differ."""
-    return [BASELINE, *(name for name in ARMS if name != OURS_W4A16)]
+    return [BASELINE, *(name for name in (*STOCK, *LOWBIT) if name != OURS_W4A16)]
 
 
 def measure(cell: str, options: Options) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linears of experts: against the reference, and against torch's grouped GEMM."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
@@ -18,11 +18,8 @@ from vllm_lowbit.kernels.linear_experts.triton import (
 from vllm_lowbit.kernels.linear_w4a4 import reference as integer_reference
 from vllm_lowbit.kernels.linear_wna16 import reference as float_reference
 
-from .case import Check, Row
-from .shapes import EXPERTS, TOKENS
-
-Calls = list[Callable[[], object]]
-Count = Callable[[int], int]
+from .case import Arm, Calls, Check, Count, Row, same_twice
+from .shapes import EXPERTS, TOKENS, Layer
 
 
 def checks(device: torch.device) -> Iterator[Check]:
@@ -71,10 +68,10 @@ def _compare_integer(
     codes = torch.randint(-8, 8, (m, k), dtype=torch.int8, device=device)
     token = torch.rand(m, 1, device=device) + 0.01
     zero = torch.randint(-8, 8, (m, 1), dtype=torch.int32, device=device)
-    actual = linear_experts_w4a4(
-        *(codes, token, zero, sent.rows, sent.offsets),
-        *_stacked(weight, scale, True),
-        *(4, torch.float32),
+    arguments = (codes, token, zero, sent.rows, sent.offsets)
+    stacked = _stacked(weight, scale, True)
+    actual = same_twice(
+        lambda: linear_experts_w4a4(*arguments, *stacked, 4, torch.float32)
     )
     for expert, of_expert in enumerate(_pairs(sent)):
         rows = sent.rows[of_expert]
@@ -95,10 +92,11 @@ def _compare_float(
     experts, _, k = sizes
     sent, (weight, scale) = _sent(device, m, experts, 2), _weights(device, sizes, group)
     x = torch.randn(m, k, device=device).half()
-    actual = linear_experts_wna16(
-        *(x, sent.rows, sent.offsets),
-        *_stacked(weight, scale, False)[:3],
-        *(4, torch.float32),
+    stacked = _stacked(weight, scale, False)[:3]
+    actual = same_twice(
+        lambda: linear_experts_wna16(
+            x, sent.rows, sent.offsets, *stacked, 4, torch.float32
+        )
     )
     for expert, of_expert in enumerate(_pairs(sent)):
         expected = float_reference.linear_wna16(
@@ -123,25 +121,26 @@ def rows(device: torch.device) -> Iterator[Row]:
     """Both linears of a layer's experts, few tokens first."""
     for tokens in TOKENS:
         for model, (experts, per_token, layers) in EXPERTS.items():
-            for layer, (n, k) in layers.items():
-                arms = _Arms(device, tokens, (experts, n, k), per_token)
-                pairs = tokens * per_token
-                touched = min(experts, pairs)
-                moved = touched * n * k // 2 + pairs * (k + 2 * n)
+            for layer, shape in layers.items():
+                arms = _Arms(device, tokens, (experts, shape), per_token)
+                n, k, pairs = shape.n, shape.k, tokens * per_token
+                weights, activations = min(experts, pairs) * n * k, pairs * (k + 2 * n)
+                moved = weights // 2 + activations
+                plain = 2 * (weights + pairs * (k + n))
                 yield Row(
                     "linear_experts",
                     f"{model} {layer}",
                     {"m": tokens, "n": n, "k": k},
                     {
-                        "triton": arms.integer,
-                        "triton with hadamard_quantize": arms.integer_whole,
-                        "triton weight-only": arms.weight_only,
-                        "bf16": arms.bf16,
+                        "triton": Arm(arms.integer, moved, integer=True),
+                        "triton with hadamard_quantize": Arm(
+                            arms.integer_whole, moved, integer=True
+                        ),
+                        "triton weight-only": Arm(arms.weight_only, moved),
+                        "bf16": Arm(arms.bf16, plain, baseline=True),
                     },
-                    "bf16",
-                    moved,
                     2 * pairs * n * k,
-                    needs=("hadamard_quantize",),
+                    ("hadamard_quantize",),
                 )
 
 
@@ -152,11 +151,12 @@ class _Arms:
         self,
         device: torch.device,
         tokens: int,
-        sizes: tuple[int, int, int],
+        of: tuple[int, Layer],
         per_token: int,
     ) -> None:
-        self.device, self.tokens, self.sizes = device, tokens, sizes
-        self.per_token = per_token
+        experts, self.shape = of
+        self.device, self.tokens, self.per_token = device, tokens, per_token
+        self.sizes = (experts, self.shape.n, self.shape.k)
 
     def _routing(self) -> Routing:
         chances = torch.rand(self.tokens, self.sizes[0], device=self.device)
@@ -179,19 +179,22 @@ class _Arms:
             -7, 8, (self.tokens, k), dtype=torch.int8, device=self.device
         )
         scale = torch.ones(self.tokens, 1, device=self.device)
-        first = (codes, scale, None, sent.rows, sent.offsets)
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        first = (codes, scale, zero, sent.rows, sent.offsets)
         return [
             partial(linear_experts_w4a4, *first, w, *rest, 4, torch.bfloat16)
             for w in weights
         ]
 
     def integer_whole(self, count: Count) -> Calls:
-        k, sent, x = self.sizes[2], self._routing(), self._x()
+        """Tokens are quantized as they are served."""
+        sent, x, shape = self._routing(), self._x(), self.shape
         weights, rest = self._packed(count, True)
+        scale = torch.ones(shape.k, device=self.device)
+        quantize = partial(hadamard_quantize, x, scale, shape.order, 1, 4, False)
 
         def call(weight: torch.Tensor) -> torch.Tensor:
-            codes, scale, _ = hadamard_quantize(x, None, k, 1, 4, True)
-            first = (codes, scale, None, sent.rows, sent.offsets)
+            first = (*quantize(), sent.rows, sent.offsets)
             return linear_experts_w4a4(*first, weight, *rest, 4, torch.bfloat16)
 
         return [partial(call, weight) for weight in weights]

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The 4-bit cache: against its reference, then against bf16 attention and copies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_lowbit.kernels.gpu.target import INTERPRETED, processors
 from vllm_lowbit.kernels.kv4_attention import reference
@@ -24,10 +25,8 @@ from vllm_lowbit.kernels.rope_kv4_store import reference as rope_reference
 from vllm_lowbit.kernels.rope_kv4_store.triton import rope_kv4_store
 
 from . import bf16_attention
-from .case import Check, Row
-
-Count = Callable[[int], int]
-Calls = list[Callable[[], object]]
+from .activations import copies_of
+from .case import Arm, Calls, Check, Count, Prepare, Row, same_twice
 
 # Attention of Llama 3 8B and Qwen3 8B.
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
@@ -40,6 +39,13 @@ ROTATED = (16, 256)
 # results of up to 4, twice.
 TOLERANCE = 2e-2
 BASELINE = "bf16 attention"
+LIBRARIES = {
+    "bf16 SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "bf16 SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "bf16 SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# Where the aim is, and what it is.
+AIM = {(16, 32768): 1.6}
 # Decodes; decodes, a chunk behind a prefix and a whole prompt.
 BATCH_FORMS = {"decode": (1, 1, 1), "chunks": (1, 30, 10)}
 
@@ -57,6 +63,9 @@ def checks(device: torch.device) -> Iterator[Check]:
             name = f"head {head_dim} {form} window {window}"
             run_attention = partial(_compare_attention, device, head_dim, form, window)
             yield Check("kv4_attention", name, run_attention)
+    if not INTERPRETED:
+        run_replay = partial(_compare_replay, device)
+        yield Check("kv4_attention", "a graph with other lengths", run_replay)
     for context in (70, 1000):
         run_baseline = partial(_compare_baseline, device, context)
         yield Check(BASELINE, f"context {context}", run_baseline)
@@ -77,9 +86,14 @@ def _pages(
 
 def _compare_pages(device: torch.device, head_dim: int, rotate: bool) -> str | None:
     key, value, slots, pages = _pages(head_dim, 100 if INTERPRETED else 5000, rotate)
-    written = torch.full(pages.shape, 255, dtype=torch.uint8, device=device)
     inputs = [tensor.to(device) for tensor in (key, value)]
-    kv4_store(*inputs, written, slots.to(device), rotate)
+
+    def store() -> torch.Tensor:
+        written = torch.full(pages.shape, 255, dtype=torch.uint8, device=device)
+        kv4_store(*inputs, written, slots.to(device), rotate)
+        return written
+
+    written = same_twice(store)
     differ = int((written.cpu() != pages).sum())
     return f"{differ} bytes differ" if differ else None
 
@@ -89,9 +103,16 @@ def _compare_rope(device: torch.device, head_dim: int, rotate: bool) -> str | No
     arguments = _rope_arguments(device, 100, 8, 2, head_dim, rotate)
     inputs = [a.cpu().clone() if torch.is_tensor(a) else a for a in arguments]
     rope_reference.rope_kv4_store(*inputs)
-    rope_kv4_store(*arguments)
-    for name, index in (("queries", 0), ("keys", 1), ("pages", 5)):
-        differ = int((arguments[index].cpu() != inputs[index]).sum())
+
+    def run() -> tuple[Any, ...]:
+        own = [a.clone() if torch.is_tensor(a) else a for a in arguments]
+        rope_kv4_store(*own)
+        return own[0], own[1], own[5]
+
+    written = same_twice(run)
+    changed = {"queries": inputs[0], "keys": inputs[1], "pages": inputs[5]}
+    for (name, expected), tensor in zip(changed.items(), written, strict=True):
+        differ = int((tensor.cpu() != expected).sum())
         if differ:
             return f"{differ} elements of {name} differ"
     return None
@@ -144,12 +165,46 @@ def _compare_attention(
     expected = reference.kv4_attention(*inputs, *options, sinks, True).float()
     there = [tensor.to(device) for tensor in inputs]
     sinks = None if sinks is None else sinks.to(device)
-    actual = kv4_attention(*there, *options, sinks, True)
+    actual = same_twice(lambda: kv4_attention(*there, *options, sinks, True))
     error = float((actual.cpu().float() - expected).abs().max())
-    if not error <= TOLERANCE:
-        return f"off by {error:.1e}"
-    if not torch.equal(kv4_attention(*there, *options, sinks, True), actual):
-        return "two runs differ"
+    return None if error <= TOLERANCE else f"off by {error:.1e}"
+
+
+def _compare_replay(device: torch.device) -> str | None:
+    """A graph that was captured for short contexts, then run for others."""
+    *_, pages = _pages(HEAD_DIM, 2000, True)
+    # The last page is not full.
+    blocks, batch = len(pages) - 1, 4
+    most = PAGE * blocks
+    random = torch.Generator().manual_seed(1)
+    query = torch.randn(batch, 8, HEAD_DIM, generator=random).bfloat16()
+    table = torch.arange(blocks, dtype=torch.int32).repeat(batch, 1)
+    starts = torch.arange(batch + 1, dtype=torch.int32)
+    lengths = torch.ones(batch, dtype=torch.int32)
+    there = [t.to(device) for t in (query, pages, table, starts, lengths)]
+    out = torch.empty_like(there[0])
+    elements = workspace_elements(batch, 8, 2, HEAD_DIM, most, device)
+    workspace = torch.empty(elements, dtype=torch.float32, device=device)
+    options = (HEAD_DIM**-0.5, None, None)
+    call = partial(kv4_attention_out, *there, *options, None, True, out, workspace)
+    call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for other in ((1, 1, 1, 1), (most, 3, 700, 65), (64, most, 1, most - 1)):
+        lengths = torch.tensor(other, dtype=torch.int32)
+        table = torch.stack(
+            [torch.randperm(blocks, generator=random).int() for _ in range(batch)]
+        )
+        there[2].copy_(table)
+        there[4].copy_(lengths)
+        graph.replay()
+        inputs = (query, pages, table, starts, lengths)
+        expected = reference.kv4_attention(*inputs, *options, None, True).float()
+        error = float((out.cpu().float() - expected).abs().max())
+        if not error <= TOLERANCE:
+            return f"off by {error:.1e} at lengths {other}"
     return None
 
 
@@ -172,16 +227,20 @@ def _compare_baseline(device: torch.device, context: int) -> str | None:
 
 def rows(device: torch.device) -> Iterator[Row]:
     """Decode attention by batch and context, then the store."""
-    for batch, context in product(BATCHES, CONTEXTS):
+    for batch, context in sorted(product(BATCHES, CONTEXTS), reverse=True):
         arms = _Attention(device, batch, context)
         yield Row(
             "kv4_attention",
-            f"decode, {HEADS} heads over {KV_HEADS} of {HEAD_DIM}",
+            f"decode, {HEADS} heads over {KV_HEADS} of {HEAD_DIM}, batch {batch}",
             {"batch": batch, "context": context},
-            {"triton": arms.kv4, "bf16 SDPA": arms.sdpa, "bf16 Triton": arms.bf16},
-            "bf16 Triton",
-            arms.packed,
+            {"triton": Arm(arms.kv4, arms.packed)}
+            | {
+                name: Arm(partial(arms.sdpa, backend), arms.plain, baseline=True)
+                for name, backend in LIBRARIES.items()
+            }
+            | {"bf16 Triton": Arm(arms.bf16, arms.plain, baseline=True, spare=True)},
             needs=("kv4_store", BASELINE),
+            aims={"triton": AIM[batch, context]} if (batch, context) in AIM else {},
         )
     for tokens in STORED:
         moved = tokens * KV_HEADS * (5 * HEAD_DIM + 8)
@@ -189,27 +248,21 @@ def rows(device: torch.device) -> Iterator[Row]:
             "kv4_store",
             f"{KV_HEADS} heads of {HEAD_DIM}",
             {"m": tokens},
-            {
-                "triton": partial(_store, device, tokens),
-                "copy": partial(_copy, device, moved),
-            },
-            "copy",
-            moved,
+            _with_copy(device, partial(_store, device, tokens), moved),
         )
-
     for tokens in ROTATED:
         moved = tokens * (HEADS * 4 * HEAD_DIM + KV_HEADS * (7 * HEAD_DIM + 8))
         yield Row(
             "rope_kv4_store",
             f"{HEADS} heads over {KV_HEADS} of {HEAD_DIM}",
             {"m": tokens},
-            {
-                "triton": partial(_rope, device, tokens, moved),
-                "copy": partial(_copy, device, moved),
-            },
-            "copy",
-            moved,
+            _with_copy(device, partial(_rope, device, tokens, moved), moved),
         )
+
+
+def _with_copy(device: torch.device, prepare: Prepare, moved: int) -> dict[str, Arm]:
+    copy = partial(copies_of, device, moved)
+    return {"triton": Arm(prepare, moved), "copy": Arm(copy, moved, baseline=True)}
 
 
 class _Attention:
@@ -275,14 +328,16 @@ class _Attention:
             key, value = torch.randn(shape, dtype=torch.bfloat16, device=self.device)
             yield key, value
 
-    def sdpa(self, copies: Count) -> Calls:
+    def sdpa(self, backend: SDPBackend, copies: Count) -> Calls:
         """A group's heads are the rows of one query, so that K and V are read once."""
         shape = (self.batch, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
         query = self.query.to(self.device).view(shape)
-        return [
-            partial(F.scaled_dot_product_attention, query, key, value)
-            for key, value in self._operands(copies)
-        ]
+
+        def call(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value)
+
+        return [partial(call, key, value) for key, value in self._operands(copies)]
 
     def bf16(self, copies: Count) -> Calls:
         query = self.query.to(self.device)
@@ -315,12 +370,3 @@ def _rope(device: torch.device, tokens: int, moved: int, copies: Count) -> Calls
         partial(rope_kv4_store, *_rope_arguments(device, *sizes))
         for _ in range(copies(moved))
     ]
-
-
-def _copy(device: torch.device, moved: int, copies: Count) -> Calls:
-    """Reads and writes half of the bytes each."""
-    calls: Calls = []
-    for _ in range(copies(moved)):
-        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
-        calls.append(partial(torch.empty_like(source).copy_, source))
-    return calls

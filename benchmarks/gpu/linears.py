@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linears: against their references, and against the libraries of torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -10,18 +10,15 @@ import torch
 
 from vllm_lowbit.kernels.gpu.configs import LinearConfig, Weight, choose
 from vllm_lowbit.kernels.gpu.target import E4M3_SUMS, INTERPRETED, architecture
-from vllm_lowbit.kernels.gpu.weights import pack
+from vllm_lowbit.kernels.gpu.weights import GpuWeight, pack
 from vllm_lowbit.kernels.hadamard_quantize.triton import hadamard_quantize
 from vllm_lowbit.kernels.linear_w4a4 import reference as integer_reference
 from vllm_lowbit.kernels.linear_w4a4.triton import linear_w4a4
 from vllm_lowbit.kernels.linear_wna16 import reference as float_reference
 from vllm_lowbit.kernels.linear_wna16.triton import linear_wna16
 
-from .case import Check, Row
-from .shapes import MODELS, TOKENS
-
-Count = Callable[[int], int]
-Calls = list[Callable[[], object]]
+from .case import Arm, Calls, Check, Count, Row, same_twice
+from .shapes import AIMED, MODELS, TOKENS, Layer
 
 
 def checks(device: torch.device) -> Iterator[Check]:
@@ -84,10 +81,9 @@ def _compare_integer(
             codes, token, zero, weight, scale, weight_zero, bias, torch.float32
         )
         packed = pack(weight, scale, weight_zero, bits, widen=True)
-        actual = linear_w4a4(
-            *(codes, token, zero if zeros else None, *packed, bias, bits),
-            *(torch.float32, _with_product(device, m, group, e4m3)),
-        )
+        arguments = (codes, token, zero if zeros else None, *packed, bias, bits)
+        config = _with_product(device, m, group, e4m3)
+        actual = same_twice(partial(linear_w4a4, *arguments, torch.float32, config))
         if group == 0 and not torch.equal(actual, expected):
             return f"{int((actual != expected).sum())} outputs differ, zeros {zeros}"
         error = float((actual - expected).abs().max() / expected.abs().max())
@@ -111,59 +107,90 @@ def _compare_float(
     zero = torch.randint(-half, half, (n, groups), device=device)
     x = torch.randn(m, k, device=device).to(dtype)
     packed = pack(weight, scale, zero, bits, widen=False)
-    actual = linear_wna16(
-        x, packed.weight, packed.scale, packed.zero, None, bits, torch.float32
-    )
+    weights = (packed.weight, packed.scale, packed.zero)
+    arguments = (x, *weights, None, bits, torch.float32)
+    actual = same_twice(partial(linear_wna16, *arguments))
     expected = float_reference.linear_wna16(x, weight, scale, zero, None, torch.float64)
     error = float((actual - expected).abs().max() / expected.abs().max())
     return None if error <= 1e-5 else f"off by {error:.1e} of the largest"
 
 
+def aim_of(model: str, m: int) -> dict[str, float]:
+    """Speed-ups of bf16 that the linear with its quantization should have."""
+    if model not in AIMED:
+        return {WHOLE: 1.0}
+    return {WHOLE: 3.0 if m <= 64 else 1.5 if m >= 2048 else 1.0}
+
+
 def rows(device: torch.device) -> Iterator[Row]:
-    """Every layer and number of tokens, few tokens first."""
-    layers = [(m, layer, *nk) for m, ls in MODELS.items() for layer, nk in ls.items()]
-    for tokens in TOKENS:
-        for model, layer, n, k in layers:
-            arms = Arms(device, tokens, n, k)
-            sizes = {"m": tokens, "n": n, "k": k}
-            activations = tokens * (k + 2 * n)
+    """Every layer and number of tokens; models of 8 billion parameters first."""
+    for model, layers in MODELS.items():
+        for (layer, shape), m in product(layers.items(), TOKENS):
+            arms = Arms(device, m, shape)
+            sizes, name = {"m": m, "n": shape.n, "k": shape.k}, f"{model} {layer}"
             yield Row(
                 "linear_w4a4",
-                f"{model} {layer}",
+                name,
+                sizes,
+                _integer_arms(device, arms),
+                2 * m * shape.n * shape.k,
+                ("hadamard_quantize",),
+                aim_of(model, m),
+            )
+            moved = arms.weights // 2 + 2 * m * (shape.n + shape.k)
+            grouped = partial(arms.weight_only, group=128)
+            yield Row(
+                "linear_wna16",
+                name,
                 sizes,
                 {
-                    "triton": arms.integer,
-                    "triton e4m3": arms.e4m3,
-                    "triton with hadamard_quantize": arms.integer_whole,
-                    "bf16": arms.bf16,
-                    "fp8": arms.fp8,
-                    "int8": arms.int8,
+                    "triton": Arm(arms.weight_only, moved),
+                    "triton groups of 128": Arm(grouped, moved),
+                    "bf16": arms.baseline(),
                 },
-                "bf16",
-                n * k // 2 + activations,
-                2 * tokens * n * k,
-                needs=("hadamard_quantize",),
             )
-            if tokens <= 64:
-                yield Row(
-                    "linear_wna16",
-                    f"{model} {layer}",
-                    sizes,
-                    {
-                        "triton": arms.weight_only,
-                        "triton groups of 128": partial(arms.weight_only, group=128),
-                        "bf16": arms.bf16,
-                    },
-                    "bf16",
-                    n * k // 2 + tokens * 2 * (n + k),
-                )
+
+
+# The arm that aims are on.
+WHOLE = "triton with hadamard_quantize"
+
+
+def _integer_arms(device: torch.device, arms: "Arms") -> dict[str, Arm]:
+    m, n, k = arms.m, arms.n, arms.k
+    half, activations = arms.weights // 2, m * (k + 2 * n)
+    own = {
+        "triton": (arms.integer, half),
+        WHOLE: (arms.integer_whole, half + m * k),
+        "triton w4a8 with hadamard_quantize": (
+            partial(arms.integer_whole, bits=8),
+            half + m * k,
+        ),
+        "triton groups of 128": (partial(arms.integer, group=128), half),
+        "triton w8a8": (partial(arms.integer, bits=8), 2 * half),
+    }
+    if architecture(device) in E4M3_SUMS:
+        own["triton e4m3"] = (arms.e4m3, half)
+    found = {
+        name: Arm(prepare, moved + activations, integer=True)
+        for name, (prepare, moved) in own.items()
+    }
+    found["bf16"] = arms.baseline()
+    for name, prepare in (("torch fp8", arms.fp8), ("torch int8", arms.int8)):
+        moved = arms.weights + activations
+        found[name] = Arm(prepare, moved, other=True, integer=name == "torch int8")
+    return found
 
 
 class Arms:
     """Ways to multiply ``[m, k]`` by a weight ``[n, k]``, on copies of the weight."""
 
-    def __init__(self, device: torch.device, m: int, n: int, k: int) -> None:
-        self.device, self.m, self.n, self.k = device, m, n, k
+    def __init__(self, device: torch.device, m: int, shape: Layer) -> None:
+        self.device, self.m, self.shape = device, m, shape
+        self.n, self.k, self.weights = shape.n, shape.k, shape.n * shape.k
+
+    def baseline(self) -> Arm:
+        moved = 2 * (self.weights + self.m * (self.n + self.k))
+        return Arm(self.bf16, moved, baseline=True)
 
     def _codes(self, rows: int, half: int = 7) -> torch.Tensor:
         return torch.randint(
@@ -173,39 +200,52 @@ class Arms:
     def _x(self) -> torch.Tensor:
         return torch.randn(self.m, self.k, device=self.device).bfloat16()
 
-    def _packed(self, count: int, widen: bool, group: int = 0):  # type: ignore[no-untyped-def]
+    def _packed(
+        self, count: Count, widen: bool, group: int = 0, bits: int = 4
+    ) -> tuple[GpuWeight, list[torch.Tensor]]:
         groups = self.k // group if group else 1
         scale = torch.ones(self.n, groups, device=self.device)
-        first = pack(self._codes(self.n), scale, None, 4, widen=widen)
-        weights = [first.weight] + [first.weight.clone() for _ in range(count - 1)]
+        first = pack(self._codes(self.n), scale, None, bits, widen=widen)
+        number = count(first.weight.numel())
+        weights = [first.weight] + [first.weight.clone() for _ in range(number - 1)]
         return first, weights
 
     def integer(
-        self, count: Count, group: int = 0, config: LinearConfig | None = None
+        self,
+        count: Count,
+        group: int = 0,
+        config: LinearConfig | None = None,
+        bits: int = 4,
     ) -> Calls:
-        first, weights = self._packed(count(self.n * self.k // 2), True, group)
+        """Asymmetric activations, as they are served."""
+        first, weights = self._packed(count, True, group, bits)
         codes, scale = self._codes(self.m), torch.ones(self.m, 1, device=self.device)
-        rest = (first.scale, None, first.sum, None, 4, torch.bfloat16, config)
-        return [partial(linear_w4a4, codes, scale, None, w, *rest) for w in weights]
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        rest = (first.scale, None, first.sum, None, bits, torch.bfloat16, config)
+        return [partial(linear_w4a4, codes, scale, zero, w, *rest) for w in weights]
 
     def e4m3(self, count: Count) -> Calls:
         return self.integer(count, 0, _with_product(self.device, self.m, 0, True))
 
-    def integer_whole(self, count: Count) -> Calls:
-        first, weights = self._packed(count(self.n * self.k // 2), True)
-        x = self._x()
-        rest = (first.scale, None, first.sum, None, 4, torch.bfloat16)
+    def integer_whole(self, count: Count, bits: int = 4) -> Calls:
+        """With the transform and quantization of the input, as it is served."""
+        first, weights = self._packed(count, True)
+        x, shape = self._x(), self.shape
+        scale = torch.ones(self.k, device=self.device) if shape.scaled else None
+        quantize = partial(
+            *(hadamard_quantize, x, scale, shape.order, shape.stride, bits, False)
+        )
+        rest = (first.scale, None, first.sum, None, bits, torch.bfloat16)
 
         def call(weight: torch.Tensor) -> torch.Tensor:
-            codes, scale, _ = hadamard_quantize(x, None, self.k, 1, 4, True)
-            return linear_w4a4(codes, scale, None, weight, *rest)
+            return linear_w4a4(*quantize(), weight, *rest)
 
         return [partial(call, weight) for weight in weights]
 
     def weight_only(
         self, count: Count, group: int = 0, config: LinearConfig | None = None
     ) -> Calls:
-        first, weights = self._packed(count(self.n * self.k // 2), False, group)
+        first, weights = self._packed(count, False, group)
         x = self._x()
         rest = (first.scale, None, None, 4, torch.bfloat16, config)
         return [partial(linear_wna16, x, w, *rest) for w in weights]
@@ -214,7 +254,7 @@ class Arms:
         x = self._x()
         return [
             partial(torch.nn.functional.linear, x, self._codes(self.n).bfloat16())
-            for _ in range(count(2 * self.n * self.k))
+            for _ in range(count(2 * self.weights))
         ]
 
     def fp8(self, count: Count) -> Calls:
@@ -229,12 +269,12 @@ class Arms:
                 scale_b=one,
                 out_dtype=torch.bfloat16,
             )
-            for _ in range(count(self.n * self.k))
+            for _ in range(count(self.weights))
         ]
 
     def int8(self, count: Count) -> Calls:
         codes = self._codes(self.m)
         return [
             partial(torch._int_mm, codes, self._codes(self.n).t())
-            for _ in range(count(self.n * self.k))
+            for _ in range(count(self.weights))
         ]

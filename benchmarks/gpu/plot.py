@@ -20,9 +20,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
         lambda: defaultdict(list)
     )
     for entry in result["speed"]:
-        if entry["speedup"] is not None:
-            at = next(entry[key] for key in ("m", "context") if key in entry)
-            lines[entry["operator"]][entry["name"]].append((at, entry["speedup"]))
+        at = next(entry[key] for key in ("m", "context") if key in entry)
+        # What has an aim, else the operator alone.
+        arms = list(entry["aims"]) or list(entry["speedups"])[:1]
+        for arm in arms:
+            if arm in entry["speedups"]:
+                name = f"{entry['name']}, {arm}"
+                lines[entry["operator"]][name].append((at, entry["speedups"][arm]))
     if not lines:
         print("no speed-up to plot")
         return

@@ -19,7 +19,12 @@ def copies(device: torch.device) -> Callable[[int], int]:
 
 
 def seconds(prepare: Prepare, device: torch.device) -> float:
-    """Median time of one call, of SAMPLES replays of a graph of all copies."""
+    """Median of ``samples``."""
+    return samples(prepare, device)[SAMPLES // 2]
+
+
+def samples(prepare: Prepare, device: torch.device) -> list[float]:
+    """Ascending times of one call, by SAMPLES replays of a graph of all copies."""
     calls = prepare(copies(device))
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -36,8 +41,8 @@ def seconds(prepare: Prepare, device: torch.device) -> float:
     graph.replay()
     once = _elapsed(graph, 1)
     repeats = max(1, min(200, int(SECONDS / SAMPLES / max(once, 1e-6))))
-    samples = sorted(_elapsed(graph, repeats) for _ in range(SAMPLES))
-    return samples[SAMPLES // 2] / repeats / len(calls)
+    taken = sorted(_elapsed(graph, repeats) for _ in range(SAMPLES))
+    return [one / repeats / len(calls) for one in taken]
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -49,31 +49,37 @@ SCHEMES: dict[str, tuple[tuple[str, ...], int]] = {
     "w6a6": (_WEIGHTS, 1),
     "w4a8kv4": ((FLAG, "rtn", "gptq", "quarot", "quarot-gptq", "lowbit"), 1),
 }
-# Each leaves out or replaces one ingredient of ABLATED, at the first seed, by keys of
-# its recipe: a dotted path, and the value or section that takes its place; None
-# removes a key that would have no effect.
-ABLATED = "ostquant"
+# By recipe; each leaves out or replaces one ingredient of it, at the first seed, by
+# keys: a dotted path, and the value or section that takes its place; None removes a key
+# that would have no effect, or gives it its default.
 _NO_ROTATION = dict.fromkeys(
     ("learn.start", "learn.optimizer", "learn.rotation_lr"), None
 )
 _NO_SCALES = {"transforms.scales": "none", "learn.scale_lr": None}
 _NO_TOP = {"learn.top_k": None, "learn.renormalise": None}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "rotations start as random Hadamards": {"learn.start": "hadamard"},
-    "rotations start as the identity": {"learn.start": "identity"},
-    "rotations not learned": {
-        "transforms.residual": "hadamard",
-        "transforms.value": "hadamard",
-        **_NO_ROTATION,
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "ostquant": {
+        "rotations start as random Hadamards": {"learn.start": "hadamard"},
+        "rotations start as the identity": {"learn.start": "identity"},
+        "rotations not learned": {
+            "transforms.residual": "hadamard",
+            "transforms.value": "hadamard",
+            **_NO_ROTATION,
+        },
+        "scales not learned": _NO_SCALES,
+        "without scales": {**_NO_SCALES, "transforms.equalize": False},
+        "without the value rotation": {"transforms.value": "none"},
+        "loss mse": {"learn.loss": "mse", **_NO_TOP},
+        "loss cross-entropy": {"learn.loss": "cross_entropy", **_NO_TOP},
+        "loss kl-top renormalised": {"learn.renormalise": True},
+        "weights in float while learning": {"learn.quantize_weights": False},
+        "weights a bit finer while learning": {"learn.extra_weight_bits": 1},
+        "without GPTQ": {"weights": {"method": "rtn"}},
     },
-    "scales not learned": _NO_SCALES,
-    "without scales": {**_NO_SCALES, "transforms.equalize": False},
-    "without the value rotation": {"transforms.value": "none"},
-    "loss mse": {"learn.loss": "mse", **_NO_TOP},
-    "loss cross-entropy": {"learn.loss": "cross_entropy", **_NO_TOP},
-    "loss kl-top renormalised": {"learn.renormalise": True},
-    "weights in float while learning": {"learn.quantize_weights": False},
-    "without GPTQ": {"weights": {"method": "rtn"}},
+    "lowbit-best": {
+        "inputs not clipped": {"activations.clip_ratio": None},
+        "input clips learned": {"activations.clip": "learned"},
+    },
 }
 
 
@@ -175,7 +181,8 @@ def _table() -> Iterator[Cell]:
 
 
 def _ablations() -> Iterator[Cell]:
-    for name, overrides in ABLATIONS.items():
-        method = f"{ABLATED}, {name}"
-        for model in MODELS:
-            yield Cell(model, MAIN_SCHEME, method, SEEDS[0], ABLATED, overrides)
+    for recipe, parts in ABLATIONS.items():
+        for name, overrides in parts.items():
+            method = f"{recipe}, {name}"
+            for model in MODELS:
+                yield Cell(model, MAIN_SCHEME, method, SEEDS[0], recipe, overrides)

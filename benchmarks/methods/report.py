@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..environment import as_line
 from .cells import (
-    ABLATED,
     ABLATIONS,
     FLOAT,
     MAIN_SCHEME,
@@ -158,22 +157,22 @@ def _spread(values: Spread, digits: int) -> str:
 
 
 def _ablations(store: Store) -> Iterator[str]:
-    body = []
-    names = [ABLATED, *(f"{ABLATED}, {name}" for name in ABLATIONS)]
-    for name in names:
-        cells = [name.removeprefix(f"{ABLATED}, ")]
-        for model in MODELS:
-            found = row(store, model, MAIN_SCHEME, name)
-            gap = {} if found is None else found.mean_gap.by_seed
-            cells.append(f"{gap[SEEDS[0]]:.4f}" if SEEDS[0] in gap else "-")
-        body.append(cells)
-    if any(set(cells[1:]) != {"-"} for cells in body):
-        yield f"## What each part of {ABLATED} gives"
-        yield ""
-        yield f"Gaps on {MAIN_SCHEME}, means of both texts, seed {SEEDS[0]}; every row"
-        yield "changes one thing of the recipe."
-        yield ""
-        yield from _table(["", *MODELS], body)
+    for recipe, parts in ABLATIONS.items():
+        body = []
+        for name in (recipe, *(f"{recipe}, {part}" for part in parts)):
+            cells = [name.removeprefix(f"{recipe}, ")]
+            for model in MODELS:
+                found = row(store, model, MAIN_SCHEME, name)
+                gap = {} if found is None else found.mean_gap.by_seed
+                cells.append(f"{gap[SEEDS[0]]:.4f}" if SEEDS[0] in gap else "-")
+            body.append(cells)
+        if any(set(cells[1:]) != {"-"} for cells in body):
+            yield f"## What each part of {recipe} gives"
+            yield ""
+            yield f"Gaps on {MAIN_SCHEME}, means of both texts, seed {SEEDS[0]}; every"
+            yield "row changes one thing of the recipe."
+            yield ""
+            yield from _table(["", *MODELS], body)
 
 
 def _conditions(store: Store) -> Iterator[str]:

@@ -2,11 +2,12 @@
 """methods.json: what is known of every cell, and never half a file."""
 
 import json
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vllm_lowbit.calibrate.files import replace_text
 
 from .cells import Cell
 
@@ -72,6 +73,4 @@ class Store:
             self.cells[cell.key] = {**record, "environment": index}
             data = {"environments": self.environments, "cells": self.cells}
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            staging = self.path.with_suffix(".json.new")
-            staging.write_text(json.dumps(data, indent=1) + "\n")
-            os.replace(staging, self.path)
+            replace_text(self.path, json.dumps(data, indent=1) + "\n")

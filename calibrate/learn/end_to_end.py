@@ -10,6 +10,7 @@ import torch
 from ...kernels.grid import IntGrid
 from ...load_time import check_finite
 from ...schema import LowbitConfig
+from ..clips import stored_ratio
 from ..plan import Transforms, online
 from ..recipe import Recipe
 from ..rotary import model_config
@@ -44,7 +45,8 @@ def learn_transforms(
         progress: called with steps done, their number, and the loss.
 
     Returns:
-        the transforms of every layer, and steps done with the loss of each.
+        the transforms and clip ratios of every layer, and steps done with the loss of
+        each.
 
     Raises:
         CheckpointError: naming a tensor of the base model that is not finite.
@@ -124,4 +126,11 @@ def _finished(source: Source, parameters: Parameters) -> Learned:
             for norm in norm_readers(shape)
         }
         layers.append(storable(layer, norms, shape, residual))
-    return Learned(residual, tuple(layers))
+    ratios = tuple(
+        {
+            stage: stored_ratio(ratio)
+            for stage, ratio in parameters.clip_ratios(i).items()
+        }
+        for i in range(shape.num_layers)
+    )
+    return Learned(residual, tuple(layers), ratios)

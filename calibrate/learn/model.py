@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig
 from ...architecture import ModelShape
 from ...kernels.grid import IntGrid
 from ...kernels.quantize_weight.reference import best_clip
+from ..rotations import Orthogonal
 from ..stages import RESIDUAL_STAGES, DecoderStages, Online
 from ..straight_through import fake_quantize
-from ..transforms import Orthogonal, fold_layer, gain
+from ..transforms import fold_head, fold_layer, folded_norm, gain
 from ..vocabulary import Vocabulary
 from .parameters import Parameters, Tensors
 
@@ -56,10 +57,13 @@ class LearningModel:
             x = self.layer(index, x, residual, parameters)
         vocabulary = self.vocabulary
         if residual is None:
-            return vocabulary.logits(self.stages.norm(x, vocabulary.norm))
-        head = vocabulary.head * gain(vocabulary.norm, self.shape)
-        rotated = replace(vocabulary, head=residual.right(head))
-        return rotated.logits(self.stages.normalized(x))
+            return vocabulary.logits(self.stages.norm(x, *vocabulary.final_norm))
+        own = gain(vocabulary.norm, self.shape)
+        head = fold_head(
+            vocabulary.head, own, vocabulary.norm_bias, residual, torch.float32
+        )
+        normed = self.stages.norm(x, *folded_norm(vocabulary.norm, self.shape))
+        return replace(vocabulary, head=head).logits(normed)
 
     def first_not_finite(self, ids: torch.Tensor, parameters: Parameters) -> str | None:
         """The first layer whose output holds an Inf or NaN, None where none does."""
@@ -92,7 +96,9 @@ class LearningModel:
                 if weight.dim() == 2:
                     key = f"clip_ratio.{index}.{name}"
                     weights[name] = self._fake_quantized(key, weight, *self.weights)
-        stages = self.stages.at(index)
+        stages, ratios = self.stages.at(index), parameters.clip_ratios(index)
+        if ratios:
+            stages = stages.clipped(ratios)
         for stage in RESIDUAL_STAGES:
             x = stages.update(stage, weights, x)
         return x

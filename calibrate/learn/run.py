@@ -210,13 +210,16 @@ class Learner:
 def _optimizers(learn: Learn, parameters: Parameters) -> list[torch.optim.Optimizer]:
     leaves = parameters.leaves()
     rotations = [leaves[name] for name in parameters.rotations]
-    scales = [t for name, t in leaves.items() if name not in parameters.rotations]
+    scales = [t for name, t in leaves.items() if name in parameters.log_scales]
     optimizers: list[torch.optim.Optimizer] = []
     if rotations:
         kind = OPTIMIZERS[learn.optimizer]
         optimizers.append(kind(rotations, lr=learn.rotation_lr))
     if scales:
         optimizers.append(torch.optim.Adam(scales, lr=learn.scale_lr))
+    if parameters.clips:
+        clips = list(parameters.clips.values())
+        optimizers.append(torch.optim.Adam(clips, lr=learn.clip_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

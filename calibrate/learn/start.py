@@ -11,8 +11,10 @@ from ...kernels.hadamard.signs import random_signs
 from ..equalize import up_scale, value_scale
 from ..plan import Transforms
 from ..recipe import Recipe
-from ..transforms import SignedHadamard, gain, norm_readers, scale_shapes
-from .parameters import Parameters, Tensors
+from ..rotations import SignedHadamard
+from ..stages import stages_of
+from ..transforms import gain, norm_readers, scale_shapes
+from .parameters import CLIP, Parameters, Tensors
 from .teacher import Teacher
 
 OUT, DOWN = "self_attn.o_proj.weight", "mlp.down_proj.weight"
@@ -44,11 +46,20 @@ def start(
     device = teacher.states.device
     rotations = {name: t.to(device) for name, t in rotations.items()}
     log_scales = {name: t.to(device) for name, t in log_scales.items()}
+    clips: Tensors = {}
+    if recipe.clip == "learned":
+        ratio = recipe.activations.clip_ratio
+        for stage in stages_of(shape):
+            raw = torch.full((shape.num_layers,), ratio, dtype=torch.float64)
+            clips[CLIP + stage] = raw.to(device)
     learned = {
         *rotations,
         *(log_scales if recipe.transforms.scales_are_learned else ()),
+        *clips,
     }
-    parameters = Parameters(fixed, rotations, log_scales, frozenset(learned))
+    parameters = Parameters(
+        shape, fixed, rotations, log_scales, frozenset(learned), clips
+    )
     for leaf in parameters.leaves().values():
         leaf.requires_grad_()
     return parameters
@@ -69,9 +80,10 @@ def _log_scales(
             zip(layers, teacher.powers, strict=True)
         ):
             values = value_scale(power.sums["o_input"], weights[OUT], shape)
-            ups = up_scale(power.sums["down_input"], weights[DOWN])
             logs["value_scale"][index] = values.log()
-            logs["up_scale"][index] = ups.log()
+            if "up_scale" in logs:
+                ups = up_scale(power.sums["down_input"], weights[DOWN])
+                logs["up_scale"][index] = ups.log()
     return logs
 
 

@@ -56,5 +56,5 @@ class Teacher:
     @torch.no_grad()
     def logits(self, windows: torch.Tensor) -> torch.Tensor:
         """``[windows, tokens, vocab]`` of some windows, by their indices."""
-        x = self.stages.norm(self.states[windows], self.vocabulary.norm)
+        x = self.stages.norm(self.states[windows], *self.vocabulary.final_norm)
         return self.vocabulary.logits(x)

@@ -93,6 +93,31 @@ constexpr size_t STREAM_PREFETCH_BYTES = 4096;
 // Up to here a tile waits for memory.
 constexpr int STREAM_ROWS = 3;
 
+// Fields of some chunks to a byte each, in the order of Chunk<8>.
+//   w      first chunk of the first block
+//   stride bytes from one block to the next
+//   out    [blocks][chunks][STEPS] Bytes
+template <int BITS, int S = 0>
+LOWBIT_INLINE void unpack_chunk(const uint8_t* w, uint8_t* out) {
+  store_bytes(out + 64 * S, Chunk<BITS>::template field<S>(w));
+  if constexpr (S + 1 < Chunk<BITS>::STEPS) unpack_chunk<BITS, S + 1>(w, out);
+}
+
+template <int BITS>
+LOWBIT_INLINE void unpack_blocks(const uint8_t* w, size_t stride, size_t blocks,
+                                 size_t chunks, uint8_t* out) {
+  using C = Chunk<BITS>;
+  for (size_t b = 0; b < blocks; ++b) {
+    for (size_t c = 0; c < chunks; ++c, out += 64 * C::STEPS) {
+      const uint8_t* from = w + b * stride + c * C::BYTES;
+      for (int line = 0; line < C::BYTES; line += 64) {
+        __builtin_prefetch(from + line + STREAM_PREFETCH_BYTES);
+      }
+      unpack_chunk<BITS>(from, out);
+    }
+  }
+}
+
 // One register tile: out[r][16 b + l] = sum over columns of a[r] times channel l of
 // block b, modulo 2^32.
 //   a      packed activations [columns / 4][ROWS][4]

@@ -110,6 +110,11 @@ def table(arch: str) -> dict[str, dict[str, tuple[Row, ...]]]:
     path = TABLES / f"{arch}.json"
     if not path.is_file():
         path = TABLES / f"{FALLBACK}.json"
+    return read(path)
+
+
+def read(path: Path) -> dict[str, dict[str, tuple[Row, ...]]]:
+    """Rows by operator and scheme, of a file."""
     content: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(path.read_text())
     return {
         operator: {scheme: tuple(map(_row, rows)) for scheme, rows in schemes.items()}

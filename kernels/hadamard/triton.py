@@ -3,8 +3,8 @@
 
 ``H_n = L (x) R``: a block is a matrix ``X`` of which ``L X R^T`` is computed with
 tables of +1 and -1. Values are split into bfloat16 parts, whose products are exact, and
-added in float32: 3 parts are a float32 whole, 2 lose 2^-17 of a value. Rows are scaled
-by a power of two first, so that no sum overflows.
+added in float32: 3 parts are a float32 whole, 2 lose at most 2^-15 of a value. Rows are
+scaled by a power of two first, so that no sum overflows.
 """
 
 import functools
@@ -14,22 +14,26 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu.checks import check_tensor
 from ..gpu.target import INTERPRETED
 from .matrices import factor, matrix
 from .reference import check_blocks
-from .triton_kernel import factor_kernel
 
 # The interpreter multiplies the bit patterns of bfloat16.
 DOT = tl.float32 if INTERPRETED else tl.bfloat16
 DIRECT = 128
-LARGEST_FACTOR = 256
-# Elements of a tile that is transformed on one side, and on both: more would spill
-# registers on chips whose matrix units take operands from registers alone.
-LARGEST_TILE = 1 << 15
+# Rows and columns that a product has at least.
+SMALLEST = 16
+# What the sides of the left table are multiples of, where a row is taken in tiles: a
+# larger one takes several steps. The right table is no larger.
+TABLE_BLOCK = 64
+# Elements of the tiles of a row that registers hold until all are known.
+LARGEST_KEPT = 1 << 14
+LARGEST_KEPT_WIDE = 1 << 15
+# Elements of a tile, fewer where it is transformed on both sides on chips whose matrix
+# units take operands from registers alone: more would spill.
+LARGEST_TILE = 1 << 14
 LARGEST_TWO_SIDED = 1 << 13
 WIDE = {"sm_90", "sm_100", "sm_103", "gfx942", "gfx950", "interpreter"}
-LARGEST_TWO_SIDED_WIDE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Tile:
 def tile_of(
     n: int, order: int, stride: int, transpose: bool, device: torch.device, arch: str
 ) -> Tile | None:
-    """The tile of a row of n elements, None when it is too large for one.
+    """The tile of a row of n elements, None where ``blocks_of`` is for it.
 
     Args:
         n, order, stride, transpose: of the transform.
@@ -66,6 +70,8 @@ def tile_of(
     """
     check_blocks(n, order, stride)
     _, power = factor(order)
+    if stride == 1 and order > DIRECT and n > order:
+        return None
     if stride > 1:
         columns, left_order, right_order = stride, order, 1
     elif order <= DIRECT:
@@ -75,9 +81,8 @@ def tile_of(
         left_order = order // columns
     rows = n // columns
     padded = _padded(rows), _padded(columns)
-    largest = LARGEST_TILE
-    if left_order > 1 and right_order > 1:
-        largest = LARGEST_TWO_SIDED_WIDE if arch in WIDE else LARGEST_TWO_SIDED
+    two_sided = left_order > 1 and right_order > 1
+    largest = LARGEST_TWO_SIDED if two_sided and arch not in WIDE else LARGEST_TILE
     if padded[0] * padded[1] > largest:
         return None
     if padded[1] > DIRECT or (left_order > 1 and padded[0] > DIRECT):
@@ -93,41 +98,77 @@ def tile_of(
 
 
 @dataclass(frozen=True)
-class Factor:
-    """One pass of a transform: ``order`` elements ``stride`` apart.
+class Blocks:
+    """A row that is taken in tiles, with the columns of its blocks side by side.
 
     Attributes:
-        order: of the factor.
-        stride: between its elements.
-        table: bfloat16, padded to multiples of 64.
+        left: order of the left table, rows of a block.
+        inner: columns of a block.
+        left_table: bfloat16, transposed, padded with zeros to multiples of TABLE_BLOCK.
+        right_table: bfloat16, transposed, of one block or of more; None where nothing
+            is multiplied from the right.
+        block_m, block_c: rows and columns of a tile, powers of two.
+        kept: whether the tiles of a row fit the registers of a program together.
     """
 
-    order: int
-    stride: int
-    table: torch.Tensor
+    left: int
+    inner: int
+    left_table: torch.Tensor
+    right_table: torch.Tensor | None
+    block_m: int
+    block_c: int
+    kept: bool
 
 
 @functools.lru_cache(maxsize=256)
-def factors_of(
-    order: int, stride: int, transpose: bool, device: torch.device
-) -> tuple[Factor, ...]:
-    """Passes that together are a transform, the innermost first."""
-    core, power = factor(order)
-    found = []
-    while power > 1 and core * power > LARGEST_FACTOR:
-        part = min(DIRECT, power)
-        found.append((part, stride))
-        power, stride = power // part, stride * part
-    found.append((core * power, stride))
-    return tuple(
-        Factor(
-            part,
-            step,
-            _table(_oriented(part, transpose), -(-part // 64) * 64, device),
-        )
-        for part, step in found
-        if part > 1
+def blocks_of(
+    n: int, order: int, stride: int, transpose: bool, device: torch.device, arch: str
+) -> Blocks:
+    """The blocks of a row of any size; arguments and errors as of ``tile_of``."""
+    check_blocks(n, order, stride)
+    right = 1 if stride > 1 else _right_order(order)
+    left, right_table = order // right, None
+    if right > 1:
+        # A product has SMALLEST columns: of several blocks where one has fewer.
+        several = torch.eye(max(1, SMALLEST // right), dtype=torch.int8, device="cpu")
+        values = torch.kron(several, _oriented(right, not transpose))
+        right_table = _table(values, len(values), device)
+    columns, block_m = n // left, _block_m(left)
+    steps = -(-left // block_m)
+    # Several steps take registers of their own, and on some chips all of them.
+    kept = steps == 1 or (arch in WIDE and right < TABLE_BLOCK)
+    largest = LARGEST_KEPT_WIDE if arch in WIDE else LARGEST_KEPT
+    kept = kept and steps * block_m * columns <= largest
+    block_m = block_m if kept else min(block_m, 32)
+    block_c = (8192 if kept and steps == 1 else 4096) // block_m
+    block_c = min(_padded(columns), max(SMALLEST, right, block_c))
+    size = -(-left // TABLE_BLOCK) * TABLE_BLOCK
+    return Blocks(
+        left,
+        max(stride, right),
+        _table(_oriented(left, transpose).t(), size, device),
+        right_table,
+        block_m,
+        block_c,
+        kept,
     )
+
+
+def _right_order(order: int) -> int:
+    """The power of two with the fewest products, of those that padding adds too."""
+    _, power = factor(order)
+
+    def cost(right: int) -> float:
+        left = order // right
+        padded = -(-left // _block_m(left)) * _block_m(left)
+        return padded / left * (padded + max(SMALLEST, right))
+
+    orders = (1 << i for i in range(min(TABLE_BLOCK, power).bit_length()))
+    return min(reversed(list(orders)), key=cost)
+
+
+def _block_m(left: int) -> int:
+    return min(TABLE_BLOCK, _padded(left))
 
 
 def scaling(order: int) -> tuple[float, float]:
@@ -136,52 +177,13 @@ def scaling(order: int) -> tuple[float, float]:
     return 2.0**-exponent, 2.0**exponent * order**-0.5
 
 
-def hadamard(
-    x: torch.Tensor, order: int, stride: int = 1, *, transpose: bool = False
-) -> torch.Tensor:
-    """Transform of contiguous float32 rows of any size: a pass over memory a factor.
-
-    Arguments as in the reference.
-
-    Raises:
-        ValueError: for x of another form, an unknown order, or blocks that do not
-            divide the last dimension.
-    """
-    check_tensor(x, "x", (torch.float32,), (None, None))
-    check_blocks(x.shape[1], order, stride)
-    if x.numel() == 0:
-        return x
-    for part in factors_of(order, stride, transpose, x.device):
-        y = torch.empty_like(x)
-        columns = x.numel() // part.order
-        size = part.table.shape[0]
-        before, after = scaling(part.order)
-        factor_kernel[(triton.cdiv(columns, 64), size // 64)](
-            x,
-            y,
-            part.table,
-            columns,
-            before,
-            after,
-            ORDER=part.order,
-            STRIDE=part.stride,
-            SIZE=size,
-            BLOCK=64,
-            DOT=DOT,
-            num_warps=8,
-            num_stages=2,
-        )
-        x = y
-    return x
-
-
 def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(SMALLEST, triton.next_power_of_2(size))
 
 
 def _oriented(order: int, transpose: bool) -> torch.Tensor:
     h = matrix(order)
-    return h.t() if transpose else h
+    return h.t().contiguous() if transpose else h
 
 
 def _table(values: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online transform and quantization of activations on a GPU, one kernel for most rows.
+"""Online transform and quantization of activations on a GPU, in one kernel.
 
 Rows that fit a tile (see ``hadamard/triton.py``: by chip 8192 or 16384 elements with a
-transform across them, 32768 with blocks up to 128) are read once and written as codes.
-Others take a float32 pass per factor of the transform.
+transform across them, 16384 with blocks up to 128) are read once and written as codes.
+Others, and rows of several larger blocks, are taken in tiles (``triton_blocks.py``):
+read once too, by chip up to 16384 or 32768 elements with padding, else twice.
 
 Against the reference, whose transform is exact to 2^-31 of a block: without transform
 and prologue, everything is equal bit for bit. Otherwise a value is off by at most
@@ -14,28 +15,24 @@ of halfway between two. A row is taken for constant (see ``grid.py``) when its f
 transform is.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..gpu.checks import FLOATS, check_optional, check_tensor
-from ..gpu.target import architecture, lanes
+from ..gpu.target import architecture
 from ..grid import IntGrid
 from ..hadamard.reference import check_blocks
-from ..hadamard.triton import (
-    DOT,
-    Tile,
-    hadamard,
-    scaling,
-    tile_of,
-)
+from ..hadamard.triton import DOT, Blocks, Tile, blocks_of, scaling, tile_of
+from .triton_blocks import blocks_kernel
 from .triton_kernel import row_kernel, tile_kernel
 
 TRANSFORM_ERROR = 2.0**-13
 PLAIN, RMS_NORM, SWIGLU = 0, 1, 2
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _ROW_BLOCK = 2048
+BLOCKS_STAGES = 1
 
 _Operands = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 _Result = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -177,16 +174,10 @@ class _Call:
         arch = architecture(device)
         tile = tile_of(n, self.order, self.stride, self.transpose, device, arch)
         if tile is not None:
-            warps = tile_warps(tile, lanes(arch))
-            self._tile(tile, warps, operands, epsilon, result)
+            self._tile(tile, operands, epsilon, result)
             return result
-        values = torch.empty((m, n), dtype=torch.float32, device=device)
-        replace(self, grid=None)._rows(operands, epsilon, (values, None, None))
-        values = hadamard(values, self.order, self.stride, transpose=self.transpose)
-        if self.grid is None:
-            return values, None, None
-        plain = replace(self, prologue=PLAIN)
-        plain._rows((values, None, None), 0.0, result)
+        blocks = blocks_of(n, self.order, self.stride, self.transpose, device, arch)
+        self._blocks(blocks, operands, epsilon, result)
         return result
 
     def _constants(self, input_scale: torch.Tensor | None) -> dict[str, Any]:
@@ -225,7 +216,6 @@ class _Call:
     def _tile(
         self,
         tile: Tile,
-        warps: int,
         operands: _Operands,
         epsilon: float,
         result: _Result,
@@ -258,14 +248,61 @@ class _Call:
             RIGHT=tile.right is not None,
             PARTS=_PARTS[x.dtype] if exact else 3,
             DOT=DOT,
-            num_warps=warps,
+            num_warps=tile_warps(tile),
+            **self._constants(input_scale),
+        )
+
+    def _blocks(
+        self, blocks: Blocks, operands: _Operands, epsilon: float, result: _Result
+    ) -> None:
+        x, weight, input_scale = operands
+        out, scale, zero_point = result
+        m, n = out.shape
+        exact = self.prologue == PLAIN and input_scale is None
+        before, after = scaling(self.order)
+        left, right = blocks.left_table, blocks.right_table
+        blocks_kernel[(m,)](
+            x,
+            x if weight is None else weight,
+            x if input_scale is None else input_scale,
+            left,
+            left if right is None else right,
+            out,
+            out if scale is None else scale,
+            out if zero_point is None else zero_point,
+            x.stride(0),
+            epsilon,
+            1.0 if self.grid is None else self.grid.clip_ratio,
+            before,
+            after,
+            N=n,
+            PARTS=_PARTS[x.dtype] if exact else max(2, _PARTS[x.dtype]),
+            DOT=DOT,
+            num_warps=blocks_warps(blocks),
+            num_stages=BLOCKS_STAGES,
+            **blocks_constants(blocks),
             **self._constants(input_scale),
         )
 
 
-def tile_warps(tile: Tile, lanes: int) -> int:
-    """Warps of so many lanes for a tile: at most 64 elements a lane."""
-    size = tile.padded[0] * tile.padded[1]
-    if size <= 4096:
-        return 4
-    return 8 if size <= 16384 or lanes == 64 else 16
+def tile_warps(tile: Tile) -> int:
+    """Warps for a tile: at most 64 elements a lane."""
+    return 4 if tile.padded[0] * tile.padded[1] <= 4096 else 8
+
+
+def blocks_warps(blocks: Blocks) -> int:
+    """Warps for the tiles of a row."""
+    return 8 if blocks.kept else 4
+
+
+def blocks_constants(blocks: Blocks) -> dict[str, Any]:
+    """What ``blocks_kernel`` is compiled for, of the blocks of a row."""
+    right = blocks.right_table
+    return {
+        "LEFT": blocks.left,
+        "INNER": blocks.inner,
+        "RIGHT": 1 if right is None else len(right),
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_C": blocks.block_c,
+        "KEPT": blocks.kept,
+    }

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 
 from ..gpu.grid import grid_encode, grid_parameters
-from ..hadamard.triton_kernel import left_product, right_product
+from ..hadamard.triton_kernel import add_product
 
 
 @triton.jit
-def _read(
+def read(
     x_ptr,
     weight_ptr,
     input_scale_ptr,
@@ -30,6 +30,17 @@ def _read(
     if SCALED:
         x = x * tl.load(input_scale_ptr + at, mask=mask, other=0.0)
     return x
+
+
+@triton.jit
+def rms_factor(row_ptr, N, epsilon, BLOCK: tl.constexpr):
+    """What an RMSNorm multiplies a row of N elements by."""
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares, axis=0) / N + epsilon)
 
 
 @triton.jit
@@ -74,18 +85,19 @@ def tile_kernel(
     if PROLOGUE == 1:
         x = tl.load(row_ptr + at, mask=mask, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / N + epsilon)
-    x = _read(
+    x = read(
         row_ptr, weight_ptr, input_scale_ptr, at, mask, N, factor, PROLOGUE, SCALED
     )
     x = x * before
     if RIGHT:
         k = tl.arange(0, PADDED_COLUMNS)[:, None]
         table = tl.load(right_ptr + k * PADDED_COLUMNS + j)
-        x = right_product(x, table, PARTS, DOT)
+        x = add_product(tl.zeros_like(x), x, table, 0, PARTS, DOT)
     if LEFT:
         k = tl.arange(0, PADDED_ROWS)[None, :]
         table = tl.load(left_ptr + i * PADDED_ROWS + k)
-        x = left_product(table, x, 2 if RIGHT else PARTS, DOT)
+        parts: tl.constexpr = 2 if RIGHT else PARTS
+        x = add_product(tl.zeros_like(x), table, x, 1, parts, DOT)
     x = x * after
     if QUANTIZE:
         infinity = float("inf")
@@ -128,16 +140,11 @@ def row_kernel(
     lanes = tl.arange(0, BLOCK)
     factor = 1.0
     if PROLOGUE == 1:
-        squares = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, N, BLOCK):
-            at = start + lanes
-            x = tl.load(row_ptr + at, mask=at < N, other=0.0).to(tl.float32)
-            squares += x * x
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / N + epsilon)
+        factor = rms_factor(row_ptr, N, epsilon, BLOCK)
     if not QUANTIZE:
         for start in range(0, N, BLOCK):
             at = start + lanes
-            x = _read(
+            x = read(
                 row_ptr,
                 weight_ptr,
                 input_scale_ptr,
@@ -156,7 +163,7 @@ def row_kernel(
         odd = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, N, BLOCK):
             at = start + lanes
-            x = _read(
+            x = read(
                 row_ptr,
                 weight_ptr,
                 input_scale_ptr,
@@ -179,7 +186,7 @@ def row_kernel(
         tl.store(zero_ptr + token, zero)
         for start in range(0, N, BLOCK):
             at = start + lanes
-            x = _read(
+            x = read(
                 row_ptr,
                 weight_ptr,
                 input_scale_ptr,

@@ -72,8 +72,8 @@ def check_pages(kv_cache: torch.Tensor) -> int:
     """The head_dim of a cache whose pages kernels can address.
 
     Raises:
-        ValueError: as ``check_cache``, for pages or heads that do not begin at even
-            addresses, and for an odd block size.
+        ValueError: as ``check_cache``, and for pages or heads that do not begin at
+            even addresses.
     """
     head_dim = check_cache(kv_cache)
     strides = kv_cache.stride()[:2]

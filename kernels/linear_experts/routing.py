@@ -2,7 +2,9 @@
 """From the experts a token chose to tokens in the order of experts, and back.
 
 Plain torch without a look at the data, so that torch.compile traces it and a CUDA graph
-holds it.
+holds it. On every device: vLLM's ``moe_align_block_size``, whose ``sorted_token_ids``
+pad each expert's tokens to whole tiles, is an operator of its GPU builds alone, and
+these modules run without vLLM.
 """
 
 from dataclasses import dataclass

@@ -179,6 +179,11 @@ constexpr size_t CACHED_ACTIVATIONS = 512 << 10;
 // nearest caches. One tile reads a single stream.
 constexpr size_t SECTION_COLUMNS = 2048;
 
+// From so many tiles on, a section's fields are unpacked once for all of them. Products
+// of bytes must cost no more than those of the fields.
+constexpr size_t UNPACK_TILES = 8;
+constexpr bool UNPACKS = VECTOR_BYTES == 64;
+
 // Packed activations of some tokens: of a tile [groups][columns / 4][rows][4].
 struct PackedRows {
   const int8_t* bytes;
@@ -197,9 +202,12 @@ void multiply_panel(const Rows& rows, const PackedRows& packed, const Weight& w,
   const Geometry<BITS> g(w);
   const size_t width = w.groups * g.padded, tiles = last - first;
   const Tiling sections(g.chunks, tiles > 1 ? SECTION_COLUMNS / (4 * STEPS) : g.chunks);
-  static thread_local Scratch product_scratch, total_scratch;
+  const bool unpacks = UNPACKS && BITS < 8 && tiles >= UNPACK_TILES;
+  static thread_local Scratch product_scratch, total_scratch, byte_scratch;
   int32_t* const products = product_scratch.take<int32_t>(tiles * SUMS);
   Total* const totals = total_scratch.take<Total>(tiles * TOTALS);
+  uint8_t* const bytes =
+      unpacks ? byte_scratch.take<uint8_t>(SECTION_COLUMNS * PANEL) : nullptr;
   const size_t channel = 16 * block;
   const int count = int(16 * blocks);
 
@@ -210,17 +218,26 @@ void multiply_panel(const Rows& rows, const PackedRows& packed, const Weight& w,
     const size_t column = group * g.padded + 4 * STEPS * begin;
     const uint8_t* fields = w.fields + block * g.block_bytes + group * g.group_bytes +
                             begin * Chunk<BITS>::BYTES;
+    if (unpacks) unpack_blocks<BITS>(fields, g.block_bytes, blocks, chunks, bytes);
     for (size_t t = first; t < last; ++t) {
       const size_t token = tiling.begin(t), tokens = tiling.begin(t + 1) - token;
       const size_t height = tokens * Rows::DIGITS;
-      const Tile compute = find_tile<BITS>(int(height), int(blocks));
+      const auto compute = [&](const int8_t* a, int32_t* to) {
+        const int rows_of = int(height), blocks_of = int(blocks);
+        if (unpacks) {
+          find_tile<8>(rows_of, blocks_of)(a, bytes, chunks * STEPS * 64,
+                                           chunks * STEPS, to);
+        } else {
+          find_tile<BITS>(rows_of, blocks_of)(a, fields, g.block_bytes, chunks, to);
+        }
+      };
       const int8_t* a = packed.bytes + token * Rows::DIGITS * width + column * height;
       int32_t* const sums = products + (t - first) * SUMS;
       if (section == 0) {
-        compute(a, fields, g.block_bytes, chunks, sums);
+        compute(a, sums);
       } else {
         alignas(64) int32_t more[SUMS];
-        compute(a, fields, g.block_bytes, chunks, more);
+        compute(a, more);
         for (size_t i = 0; i < height * PANEL; ++i) {
           sums[i] = int32_t(uint32_t(sums[i]) + uint32_t(more[i]));
         }

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of methods: its cells, when they run, and what follows from them."""
 
-import importlib
-import importlib.util
 import json
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,26 +13,13 @@ import pytest
 from vllm_lowbit.calibrate.recipe import built_in_recipes, load_recipe
 from vllm_lowbit.errors import ConfigError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEXTS = ("WikiText-2", "novel")
 
 
 @pytest.fixture(scope="module")
-def methods() -> Iterator[Any]:
-    """``methods(name)``: a module of the package, which is not installed."""
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks",
-        BENCHMARKS / "__init__.py",
-        submodule_search_locations=[str(BENCHMARKS)],
-    )
-    assert spec is not None and spec.loader is not None
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"benchmarks.methods.{name}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "benchmarks", importlib.util.module_from_spec(spec))
-        yield load
+def methods(benchmark_module: Callable[[str], ModuleType]) -> Any:
+    """``methods(name)``: a module of the table's package."""
+    return lambda name: benchmark_module(f"methods.{name}")
 
 
 @pytest.fixture
@@ -154,9 +138,25 @@ class TestCells:
     def test_ablations_are_of_recipes_that_exist(self, methods: Any) -> None:
         """And each differs from what it is an ablation of, and from the others."""
         module = methods("cells")
-        cells = module.select("ref-7m/w4a4kv4/ostquant*/0")
-        hashes = [cell.resolve().sha256() for cell in cells]
-        assert len(set(hashes)) == len(hashes) == 1 + len(module.ABLATIONS)
+        for recipe, parts in module.ABLATIONS.items():
+            cells = module.select(f"ref-7m/w4a4kv4/{recipe}/0")
+            cells += module.select(f"ref-7m/w4a4kv4/{recipe},*/0")
+            hashes = [cell.resolve().sha256() for cell in cells]
+            assert len(set(hashes)) == len(hashes) == 1 + len(parts)
+
+    def test_clips(self, methods: Any) -> None:
+        module = methods("cells")
+        parts = ("inputs not clipped", "input clips learned")
+        grids = [
+            module.select(f"ref-7m/w4a4kv4/lowbit-best, {part}/0")[0]
+            .resolve()
+            .activations
+            for part in parts
+        ]
+        assert [(grid.clip, grid.clip_ratio) for grid in grids] == [
+            ("fixed", 1.0),
+            ("learned", 0.9),
+        ]
 
     def test_fingerprint(self, methods: Any) -> None:
         """Follows recipe, seed and what is shared; nothing else."""

@@ -41,13 +41,19 @@ assert best.e4m3
 worth_nothing, _ = tune.tuned(start, lambda c: 1 - 0.005 * (c.warps == 8), math.inf)
 assert worth_nothing == start
 
+import pathlib, sys
+path = pathlib.Path(sys.argv[1]) / "chip.json"
 for arch in (*configs.architectures(), configs.FALLBACK):
-    written = json.loads(tune.dump(tune.copied(configs.table(arch))))
-    read = {
-        o: {s: tuple(configs._row(row) for row in r) for s, r in t.items()}
-        for o, t in written.items()
-    }
-    assert read == configs.table(arch)
+    assert tune.table_to_start_from(path, arch) == tune.copied(configs.table(arch))
+    tune._write(path, tune.copied(configs.table(arch)))
+    assert configs.read(path) == configs.table(arch)
+    # What is there already is gone on from.
+    assert tune.table_to_start_from(path, "sm_90") == tune.copied(configs.table(arch))
+    path.unlink()
+
+now = time.monotonic()
+assert abs(tune.share_of(now + 80, 8) - now - 10) < 5
+assert tune.share_of(now - 80, 8) - now < 5
 """
 # Results of configurations agree, and a wrong one is out, whatever its time.
 COST = """
@@ -88,16 +94,17 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("program", [SEARCH, COST], ids=["search", "cost"])
-def test_without_a_gpu(program: str) -> None:
-    result = _run("-c", program, TRITON_INTERPRET="1")
+def test_without_a_gpu(program: str, tmp_path: Path) -> None:
+    result = _run("-c", program, str(tmp_path), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-def test_no_gpu() -> None:
+def test_no_gpu(tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    result = _run("-m", "benchmarks.tune")
+    out = tmp_path / "out"
+    result = _run("-m", "benchmarks.tune", "--out", str(out))
     assert result.returncode == 1
-    assert "torch sees no GPU" in result.stderr
+    assert "torch sees no GPU" in result.stderr and not out.exists()

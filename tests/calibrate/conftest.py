@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from vllm_lowbit.architecture import ModelShape
 from vllm_lowbit.calibrate.layer import LayerModels, QuantizedLayer
 from vllm_lowbit.calibrate.quantize import round_to_nearest
-from vllm_lowbit.calibrate.stages import LINEARS, DecoderStages, Online
+from vllm_lowbit.calibrate.stages import DecoderStages, Online, linears_of
 from vllm_lowbit.kernels.grid import IntGrid
 from vllm_lowbit.schema import Weights
 
@@ -26,11 +26,14 @@ SIZES: dict[str, Any] = {
 }
 
 
+CONFIG = LlamaConfig(architectures=["LlamaForCausalLM"], **SIZES)
+SHAPE = ModelShape.from_config(CONFIG.to_dict(), "config.json")
+LINEARS = linears_of(SHAPE)
+
+
 def _models(activations: IntGrid | None = None, kv4: bool = False) -> LayerModels:
-    config = LlamaConfig(architectures=["LlamaForCausalLM"], **SIZES)
-    shape = ModelShape.from_config(config.to_dict(), "config.json")
-    served = DecoderStages(config, shape, Online(activations, kv4))
-    return LayerModels(served, DecoderStages(config, shape))
+    served = DecoderStages(CONFIG, SHAPE, Online(activations, kv4))
+    return LayerModels(served, DecoderStages(CONFIG, SHAPE))
 
 
 def _layer_tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -112,6 +112,24 @@ BAD = [
     ("refine: {scope: none, batch: 3}", 1, "refine.batch: has no effect with scope"),
     ("refine: {scope: layer, top_k: 3}", 1, "top_k: has no effect with scope layer"),
     ("transforms:\n  equalize: true\n  smooth: 0.5", 3, "scales that equalize sets"),
+    (
+        "activations:\n  clip: searched\n  clip_ratio: 0.9",
+        1,
+        "clip_ratio has no effect with clip searched where nothing is learned",
+    ),
+    (
+        "weights: {method: omniquant}\nomniquant:\n  input_clip_rate: 0.1",
+        2,
+        "input_clip_rate has no effect with activations.clip fixed",
+    ),
+    (
+        "transforms: {smooth: 0.5}\nactivations: {clip: learned}",
+        2,
+        "clip learned is not supported with transforms.smooth",
+    ),
+    ("activations: {clip: best}", 1, "'fixed', 'searched' or 'learned', got 'best'"),
+    ("activations: {clip: learned, clip_ratio: 0.4}", 1, "or equal to 0.5, got 0.4"),
+    ("activations: {clip: learned}\nlearn: {clip_lr: 0}", 2, "than 0, got 0"),
     ("learn:\n  extra_weight_bits: 1", 2, "effect with quantize_weights true only"),
     # Values of the training sections.
     ("transforms: {smooth: 1.5}", 1, "transforms.smooth: Input should be less than"),

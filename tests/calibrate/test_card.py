@@ -25,7 +25,14 @@ from vllm_lowbit.calibrate.card import (
 )
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
 from vllm_lowbit.calibrate.recipe_sections import Refine
-from vllm_lowbit.schema import LowbitConfig, Rotation, Rotations, scheme_from_name
+from vllm_lowbit.schema import (
+    ClipRatios,
+    LowbitConfig,
+    Rotation,
+    Rotations,
+    Scheme,
+    scheme_from_name,
+)
 
 MODELS = Path(__file__).parents[2] / "models"
 HADAMARD = Rotation(apply="folded", order=64, block=64, sign_seed=3)
@@ -135,7 +142,7 @@ def test_everything_is_said() -> None:
         "| embedding and head | 16 bits |",
         "GPTQ: damping 0.01, blocks of\n128 columns, in their order.",
         "| residual stream | random-sign Hadamard of order 256, folded |",
-        "| queries and keys, after RoPE | Hadamard of order 64, online |",
+        "| queries and keys | Hadamard of order 64, online |",
         "| values, per head | random-sign Hadamard of order 64, folded |",
         "| input of down_proj | Hadamard of order 12 across elements 64 apart, after ",
         " apart, after scales that are powers of two, online |",
@@ -182,7 +189,7 @@ def test_equalization_and_other_matrices() -> None:
             recipe=recipe.model_copy(update={"transforms": transforms}),
         )
     )
-    assert "| between up and down, v and o | scales from weights and inputs" in text
+    assert "| between v and o, up and down | scales from weights and inputs" in text
     assert (
         "| values, per head | learned orthogonal matrix of order 64, folded |" in text
     )
@@ -197,7 +204,7 @@ def test_equalization_and_other_matrices() -> None:
             [
                 "Weights were rounded to the nearest code.",
                 (
-                    "| between norms and linears, up and down, v and o | SmoothQuant's "
+                    "| between norms and linears, v and o, up and down | SmoothQuant's "
                     "scales, alpha 0.5, folded |"
                 ),
             ],
@@ -232,6 +239,25 @@ def test_clipped_inputs_are_named() -> None:
     config = CARD.config.model_copy(update={"scheme": scheme})
     text = render_card(replace(CARD, config=config))
     assert "one scale per token, clipped to 0.9 of its range" in text
+    assert "clip_ratios" not in text
+
+
+@pytest.mark.parametrize(
+    ("clip", "line"),
+    [
+        ("learned", "How much of its range each input keeps was learned;"),
+        ("searched", "each input keeps was searched for, for least squared error of"),
+    ],
+)
+def test_clip_ratios_are_named(clip: str, line: str) -> None:
+    ratios = {stage: [0.9, 0.8125] for stage in ClipRatios.model_fields}
+    activations = {"bits": 4, "clip_ratios": ratios}
+    scheme = CARD.config.scheme.model_dump() | {"activations": activations}
+    recipe = Recipe.model_validate({"activations": {"clip": clip}})
+    config = CARD.config.model_copy(update={"scheme": Scheme.model_validate(scheme)})
+    text = render_card(replace(CARD, config=config, recipe=recipe))
+    assert "token, clipped to 0.8125 to 0.9 of its range, by layer |" in text
+    assert line in text
 
 
 def test_scales_of_omniquant_are_not_learned_for_weights_alone_unless_asked() -> None:

@@ -35,6 +35,8 @@ FOLDED = {
 }
 DOWN = {"apply": "online", "order": 256, "block": 256}
 KEYS = {"apply": "online", "order": 64, "block": 64}
+PLACES = ("attn_input", "o_input", "mlp_input", "down_input")
+RATIOS = {place: [0.8, 1.0] for place in PLACES}
 LINEAR = "model.layers.1.mlp.up_proj"
 Make = Callable[..., Path]
 
@@ -230,6 +232,14 @@ def test_the_same_checkpoint_gives_the_same_bytes(make: Make, tmp_path: Path) ->
             ["activations.bits is 4: stock vLLM would run it as W4A16; choose"],
         ),
         ({"scheme": "w6a6"}, ["activations.bits is 6: stock vLLM has no 6-bit"]),
+        (
+            {"scheme": mapping("w8a8", activations={"clip_ratio": 0.9})},
+            ["activations.clip_ratio is 0.9: stock vLLM keeps the whole range"],
+        ),
+        (
+            {"scheme": mapping("w8a8", activations={"clip_ratios": RATIOS})},
+            ["clip_ratios: down to 0.8: stock vLLM keeps the whole range of a token"],
+        ),
         (
             {"scheme": "w4a8kv4", "k": KEYS},
             [

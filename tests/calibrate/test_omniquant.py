@@ -25,8 +25,9 @@ from vllm_lowbit.calibrate.quantize import round_to_nearest
 from vllm_lowbit.calibrate.recipe_sections import OmniQuant as Settings
 from vllm_lowbit.calibrate.recipe_sections import WeightMethod
 from vllm_lowbit.calibrate.record import CalibrationRecord
-from vllm_lowbit.calibrate.stages import LINEARS
-from vllm_lowbit.calibrate.transforms import Dense, LayerTransforms, fold_layer
+from vllm_lowbit.calibrate.rotations import Dense
+from vllm_lowbit.calibrate.stages import linears_of
+from vllm_lowbit.calibrate.transforms import LayerTransforms, fold_layer
 from vllm_lowbit.errors import CalibrationError
 from vllm_lowbit.kernels.grid import IntGrid
 from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
@@ -217,7 +218,7 @@ def test_rounding_to_the_learned_ranges(
     both, tensors, streams = models(), layer_tensors(), _streams()
     nearest, _ = _run(both, tensors, "w3a16", epochs=2)
     layer, _ = _run(both, tensors, "w3a16", epochs=2, rounding=rounding)
-    for name in LINEARS:
+    for name in linears_of(both.served.shape):
         assert torch.equal(layer.linears[name].scale, nearest.linears[name].scale)
     wanted = through(both.plain, tensors, streams.plain[TRAINED:])
 
@@ -241,7 +242,7 @@ def test_second_loss_follows_the_float_block_on_quantized_inputs(
 def test_same_seed_same_layer(models: Make, layer_tensors: Make) -> None:
     both, tensors = models(), layer_tensors()
     first, again = (_run(both, tensors, "w3a16", epochs=1)[0] for _ in range(2))
-    for name in LINEARS:
+    for name in linears_of(both.served.shape):
         assert torch.equal(first.linears[name].scale, again.linears[name].scale)
         assert torch.equal(first.linears[name].codes, again.linears[name].codes)
 

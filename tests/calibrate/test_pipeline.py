@@ -188,6 +188,12 @@ TRAINED: dict[str, dict[str, Any]] = {
         "weights": {"method": "omniquant"},
         "omniquant": {"epochs": 1, "let": True},
     },
+    "omniquant, clips": {
+        "weights": {"method": "omniquant"},
+        "omniquant": {"epochs": 1, "rounding": "gptaq", "input_clip_rate": 0.01},
+        "activations": {"clip": "learned", "clip_ratio": 0.9},
+    },
+    "searched clips": {"activations": {"clip": "searched"}},
     "refine": {"refine": {"scope": "model", "samples": 24, "steps": 3, "batch": 2}},
     "refine_layers": {
         "transforms": {"equalize": True},
@@ -219,10 +225,15 @@ def test_training_serves_what_it_measured_and_repeats(
     curves = {
         "omniquant": {f"omniquant.model.layers.{i}" for i in range(2)},
         "omniquant, qwen3": {f"omniquant.model.layers.{i}" for i in range(2)},
+        "omniquant, clips": {f"omniquant.model.layers.{i}" for i in range(2)},
+        "searched clips": set(),
         "refine": {"refine", "refine.validation"},
         "refine_layers": {f"refine.model.layers.{i}" for i in range(2)},
     }
     assert record["curves"].keys() == curves[name]
+    found = report.config.scheme.activations.kept()
+    assert len(found) == (8 if "clips" in name else 1)
+    assert not found[1:] or len(set(found)) > 1
 
 
 def test_record_holds_the_errors_of_every_linear(tmp_path: Path) -> None:
@@ -317,9 +328,9 @@ def test_output_that_exists(tmp_path: Path) -> None:
 def test_other_architecture(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = tiny_model(tmp_path / "base", tokenizer=True)
     config = json.loads((model / "config.json").read_text())
-    config["architectures"] = ["GPT2LMHeadModel"]
+    config["architectures"] = ["GPTNeoForCausalLM"]
     (model / "config.json").write_text(json.dumps(config))
-    message = "GPT2LMHeadModel.* not supported; supported: LlamaForCausalLM"
+    message = "GPTNeoForCausalLM.* not supported; supported: LlamaForCausalLM"
     _refused(tmp_path, UnsupportedError, message, model=str(model))
 
 

@@ -65,8 +65,12 @@ DOCUMENTS = st.fixed_dictionaries(
         "refine": REFINE,
         "activations": st.fixed_dictionaries(
             {"symmetric": st.booleans()},
-            optional={"clip_ratio": st.sampled_from([0.5, 0.9, 1.0])},
-        ),
+            optional={
+                "clip": st.sampled_from(["fixed", "learned"]),
+                "clip_ratio": st.sampled_from([0.5, 0.9, 1.0]),
+            },
+        )
+        | st.just({"clip": "searched"}),
         "vocab_bits": st.sampled_from([8, 16]),
         "data": st.fixed_dictionaries(
             {},
@@ -222,6 +226,31 @@ class TestLearn:
         assert best.weights.method == "gptaq" and best.weights.act_order
         assert best.activations.clip_ratio < 1
 
+    def test_clip_ratios_are_learned_alone_or_with_transforms(self) -> None:
+        clips = {"clip": "learned", "clip_ratio": 0.9}
+        alone = Recipe.model_validate({"activations": clips})
+        section = yaml.safe_load(alone.text())["learn"]
+        assert "clip_lr" in section and "scale_lr" not in section
+        assert yaml.safe_load(alone.text())["activations"].items() >= clips.items()
+        assert alone.learns and alone.clip == "learned"
+        both = Recipe.model_validate(
+            _learning(clip_lr=0.1, scale_lr=0.2) | {"activations": clips}
+        )
+        assert parse_recipe(both.text().encode(), "r.yaml") == both
+        # Where inputs are not quantized there is nothing to clip.
+        floats = both.override(scheme="w4a16")
+        assert floats.learns and floats.clip == "fixed"
+        with pytest.raises(ConfigError, match="key learn: .*has no effect"):
+            alone.override(scheme="w4a16")
+        blocks = Recipe.model_validate(
+            {"weights": {"method": "omniquant"}, "activations": clips}
+        )
+        assert not blocks.learns and blocks.clip == "learned"
+        assert "input_clip_rate" in blocks.text()
+        for name in built_in_recipes():
+            text = load_recipe(name).text()
+            assert not {"clip:", "clip_lr:", "input_clip_rate:"} & set(text.split())
+
     def test_keys_without_effect_are_not_in_the_text(self) -> None:
         assert "learn" not in load_recipe("lowbit").text()
         scales = Recipe.model_validate({"transforms": {"scales": "learned"}})
@@ -262,6 +291,18 @@ class TestLearn:
             (
                 {"transforms": {"value": "learned"}, "learn": {"scale_lr": 0.1}},
                 "key learn: scale_lr has no effect where no scale is learned",
+            ),
+            (
+                {"transforms": {"value": "learned"}, "learn": {"clip_lr": 0.1}},
+                "key learn: clip_lr has no effect where no clip ratio is learned",
+            ),
+            (
+                {
+                    "weights": {"method": "omniquant"},
+                    "activations": {"clip": "learned"},
+                    "learn": {"steps": 3},
+                },
+                "key learn: has no effect without .* any method but omniquant",
             ),
             (
                 _learning(loss="mse", top_k=5),

@@ -8,13 +8,9 @@ import pytest
 import torch
 
 from vllm_lowbit.calibrate.block import through
+from vllm_lowbit.calibrate.rotations import Dense, Orthogonal
 from vllm_lowbit.calibrate.smooth import smooth_scales
-from vllm_lowbit.calibrate.transforms import (
-    Dense,
-    LayerTransforms,
-    Orthogonal,
-    fold_layer,
-)
+from vllm_lowbit.calibrate.transforms import LayerTransforms, fold_layer
 
 Make = Callable[..., Any]
 

@@ -10,17 +10,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from vllm_lowbit.architecture import ModelShape
+from vllm_lowbit.architecture import POSITIONS, ModelShape
 from vllm_lowbit.calibrate.elementwise import embedding_scale, soft_capped
-from vllm_lowbit.calibrate.stages import RESIDUAL_STAGES, DecoderStages, Online
-from vllm_lowbit.calibrate.transforms import (
+from vllm_lowbit.calibrate.rotations import (
     Dense,
-    LayerTransforms,
     Orthogonal,
     SignedHadamard,
+    of_stream,
+)
+from vllm_lowbit.calibrate.stages import RESIDUAL_STAGES, DecoderStages, Online
+from vllm_lowbit.calibrate.transforms import (
+    LayerTransforms,
     fold_embedding,
     fold_head,
     fold_layer,
+    folded_norm,
     gain,
     scale_shapes,
 )
@@ -121,6 +125,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "final_logit_softcapping": 5.0,
     },
+    "opt": {"architecture": "OPTForCausalLM", "hidden_size": 192},
+    "opt, tied": {"architecture": "OPTForCausalLM", "tie_word_embeddings": True},
+    "gpt2": {"architecture": "GPT2LMHeadModel", "tie_word_embeddings": True},
+    "gpt2, untied": {"architecture": "GPT2LMHeadModel", "hidden_size": 192},
     "mixtral": {"architecture": "MixtralForCausalLM", "num_local_experts": 4},
     "qwen3 moe": {
         "architecture": "Qwen3MoeForCausalLM",
@@ -187,6 +195,10 @@ class _Model:
         head = self.state.get("lm_head.weight", embedding)
         x = fold_embedding(embedding, residual)[ids].unsqueeze(0)
         x = x * embedding_scale(self.shape, torch.float64)
+        if self.shape.positions:
+            positions = fold_embedding(self.state[POSITIONS], residual)
+            first = self.shape.architecture.position_rows
+            x = x + positions[first : first + len(ids)]
         for index in range(self.shape.num_layers):
             prefix = f"model.layers.{index}."
             tensors = {
@@ -207,12 +219,12 @@ class _Model:
             assert all(weights[k].shape == tensors[k].shape for k in tensors)
             for stage in RESIDUAL_STAGES:
                 x = stages.update(stage, weights, x)
-        norm = self.state["model.norm.weight"]
+        norm, bias = self.state["model.norm.weight"], self.state.get("model.norm.bias")
         if residual is None:
-            logits = stages.norm(x, norm) @ head.t()
+            logits = stages.norm(x, norm, bias) @ head.t()
         else:
-            folded = fold_head(head, gain(norm, self.shape), residual)
-            logits = stages.normalized(x) @ folded.t()
+            folded = fold_head(head, gain(norm, self.shape), bias, residual)
+            logits = stages.norm(x, *folded_norm(norm, self.shape)) @ folded.t()
         return soft_capped(logits[0], self.shape.logits_cap)
 
 
@@ -234,11 +246,15 @@ def _check(directory: Path, seed: int) -> None:
 
     shape = ModelShape.from_config(config.to_dict(), "x")
     of = {name: shape.in_plain(name) for name in shape.tensors()}
-    parts = {name: state[file_name][rows] for name, (file_name, rows) in of.items()}
+    parts = {
+        name: (state[f].t() if shape.is_transposed(name) else state[f])[rows]
+        for name, (f, rows) in of.items()
+    }
     ours, random = _Model(config, parts), _random(generator)
-    dense = _orthogonal(random, 1, shape.hidden_size)
+    dense = of_stream(_orthogonal(random, 1, shape.hidden_size), shape)
     order = largest_order(shape.hidden_size)
-    signed = SignedHadamard(order, random_signs(seed, shape.hidden_size))
+    signs = random_signs(seed, shape.hidden_size)
+    signed = of_stream(SignedHadamard(order, signs), shape)
     head = SignedHadamard(shape.head_dim)
     passes = not shape.architecture.output_norms
     for residual in (dense, signed) if passes else (None, None):

@@ -232,3 +232,54 @@ def _kv_batch(
 def kv_batch() -> Callable[..., KVBatch]:
     """Factory of random sequences in a poisoned cache with shuffled pages."""
     return _kv_batch
+
+
+@pytest.fixture
+def shared_samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of the operators that GPUs have a kernel of their own for."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    x, input_scale, weight = torch.randn(5, 128), torch.rand(128) + 0.5, torch.rand(128)
+    key = torch.randn(3, 2, 64)
+    cache = torch.full((2, 2, 16, 72), 255, dtype=torch.uint8)
+    batch = _kv_batch([40, 7], [2, 7])
+    starts, lengths = torch.tensor([0, 2, 9]), torch.tensor(batch.seq_lens)
+    placed = (torch.tensor([0, 8, 3]),)
+    paged = batch.cache, batch.block_table, starts, lengths
+    plain = (batch.query, *paged, 0.125, None, None, None, True)
+    options = 0.125, 8, 20.0, torch.randn(4), False
+    return {
+        "hadamard": [
+            (x, None, 128, 1),
+            (x.to(bf16), input_scale, 1, 1),
+            (x.to(fp16), None, 4, 32),
+            (torch.randn(5, 24), None, 12, 2, True),
+        ],
+        "hadamard_quantize": [
+            (x, input_scale, 128, 1, 4, False),
+            (x.to(bf16), None, 1, 1, 8, True),
+            (x.to(fp16), None, 4, 32, 4, True),
+        ],
+        "rms_norm_hadamard_quantize": [
+            (x.to(bf16), weight, 1e-5, None, 128, 1, 4, False),
+            (x, weight.to(bf16), 1e-5, input_scale, 1, 1, 8, True),
+        ],
+        "swiglu_hadamard_quantize": [
+            (x.to(bf16), None, 64, 1, 4, False),
+            (x, input_scale[:64], 4, 16, 8, True),
+        ],
+        "kv4_store": [
+            (key, key, cache, torch.tensor([3, -1, 30]), True),
+            (key.to(bf16), key.to(bf16), cache, torch.tensor([0, 1, 2]), False),
+        ],
+        "rope_kv4_store": [
+            (torch.randn(3, 4, 64), key + 1, key, *placed, torch.randn(9, 64))
+            + (cache, torch.tensor([3, -1, 30]), True),
+            (torch.randn(3, 4, 64).to(bf16), key.to(bf16), key.to(bf16), *placed)
+            + (torch.randn(9, 64), cache, torch.tensor([0, 1]), False),
+        ],
+        "kv4_attention": [plain, (batch.query.to(bf16), *paged, *options)],
+        "kv4_attention_out": [
+            (*plain, batch.query + 1, None),
+            (batch.query, *paged, *options, batch.query + 1, torch.ones(99)),
+        ],
+    }

@@ -114,7 +114,7 @@ def draw_codes(m: int, k: int, bits: int, symmetric: bool) -> tuple[torch.Tensor
 
 
 # Tiles have up to 6 rows; from a few tiles on, weights are unpacked first.
-tokens = st.sampled_from((0, 1, 1, 2, 3, 4, 5, 6, 7, 12, 13, 25, 41))
+tokens = st.sampled_from((0, 1, 1, 2, 3, 4, 5, 6, 7, 12, 13, 25, 41, 67))
 weights = st.builds(
     dict,
     n=st.one_of(st.integers(1, 40), st.integers(60, 140)),

@@ -75,37 +75,14 @@ def packed_experts(symmetric: bool, dtype: torch.dtype) -> Arguments:
     return *stacked, torch.stack([total] * 3), n, bits, dtype
 
 
-def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
+def samples(name: str, shared_samples: dict[str, list[Arguments]]) -> list[Arguments]:
     """Arguments of an operator: optional ones both ways, every dtype."""
+    if name in shared_samples:
+        return shared_samples[name]
     input_scale = torch.rand(128) + 0.5
     bf16, fp16 = torch.bfloat16, torch.float16
     weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
-    key = torch.randn(3, 2, 64)
-    cache = torch.full((2, 2, 16, 72), 255, dtype=torch.uint8)
-    batch = kv_batch([40, 7], [2, 7])
-    starts, lengths = torch.tensor([0, 2, 9]), torch.tensor(batch.seq_lens)
-    placed = (torch.tensor([0, 8, 3]),)
-    paged = batch.cache, batch.block_table, starts, lengths
     return {
-        "hadamard": [
-            (activations(), None, 128, 1),
-            (activations(bf16), input_scale, 1, 1),
-            (activations(fp16), None, 4, 32),
-            (torch.randn(5, 24), None, 12, 2, True),
-        ],
-        "hadamard_quantize": [
-            (activations(), input_scale, 128, 1, 4, False),
-            (activations(bf16), None, 1, 1, 8, True),
-            (activations(fp16), None, 4, 32, 4, True),
-        ],
-        "rms_norm_hadamard_quantize": [
-            (activations(bf16), torch.rand(128), 1e-5, None, 128, 1, 4, False),
-            (activations(), torch.rand(128).to(bf16), 1e-5, input_scale, 1, 1, 8, True),
-        ],
-        "swiglu_hadamard_quantize": [
-            (activations(bf16), None, 64, 1, 4, False),
-            (activations(), input_scale[:64], 4, 16, 8, True),
-        ],
         "linear_w4a4": [
             integer_operands(None, torch.float32),
             integer_operands(torch.randn(24), bf16),
@@ -139,35 +116,6 @@ def samples(name: str, kv_batch: Callable[..., Any]) -> list[Arguments]:
                 (torch.rand(3, 128) + 0.5, 8, False, fp16),
             )
         ],
-        "kv4_store": [
-            (key, key, cache, torch.tensor([3, -1, 30]), True),
-            (key.to(bf16), key.to(bf16), cache, torch.tensor([0, 1, 2]), False),
-        ],
-        "rope_kv4_store": [
-            (torch.randn(3, 4, 64), key + 1, key, *placed, torch.randn(9, 64))
-            + (cache, torch.tensor([3, -1, 30]), True),
-            (torch.randn(3, 4, 64).to(bf16), key.to(bf16), key.to(bf16), *placed)
-            + (torch.randn(9, 64), cache, torch.tensor([0, 1]), False),
-        ],
-        "kv4_attention": [
-            (batch.query, *paged, 0.125, None, None, None, True),
-            (batch.query.to(bf16), *paged, 0.125, 8, 20.0, torch.randn(4), False),
-        ],
-        "kv4_attention_out": [
-            (batch.query, *paged, 0.125, None, None, None, True)
-            + (batch.query + 1, None),
-            (
-                batch.query,
-                *paged,
-                0.125,
-                8,
-                20.0,
-                torch.randn(4),
-                False,
-                batch.query + 1,
-                torch.ones(9),
-            ),
-        ],
     }[name]
 
 
@@ -184,21 +132,21 @@ def test_names_are_all_that_is_registered() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str, kv_batch: Callable[..., Any]) -> None:
+def test_opcheck(name: str, shared_samples: dict[str, list[Arguments]]) -> None:
     """Schema against what is mutated or aliased, fake against real, AOT dispatch."""
-    for arguments in samples(name, kv_batch):
+    for arguments in samples(name, shared_samples):
         torch.library.opcheck(operator(name), arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fake_has_the_form_of_the_result(
-    name: str, kv_batch: Callable[..., Any]
+    name: str, shared_samples: dict[str, list[Arguments]]
 ) -> None:
     def forms(result: Any) -> list[tuple]:
         tensors = result if isinstance(result, (tuple, list)) else (result,)
         return [(t.dtype, t.shape, t.stride(), t.device) for t in tensors]
 
-    for arguments in samples(name, kv_batch):
+    for arguments in samples(name, shared_samples):
         real = operator(name)(*arguments)
         with FakeTensorMode() as mode:
             fake = operator(name)(

@@ -5,6 +5,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,19 +29,35 @@ def run(file: str, marker: str) -> None:
         text=True,
         timeout=3600,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        # The interpreter runs one program after the other: a thread is enough.
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     # 5: the file has no test with this marker.
     assert result.returncode in (0, 5), result.stdout[-8000:] + result.stderr[-2000:]
     assert "passed" in result.stdout or result.returncode == 5, result.stdout
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file: str) -> None:
-    run(file, "not slow")
+@pytest.fixture(scope="module")
+def finished(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None]]:
+    """Waits for a file; the selected ones run side by side, large ones first."""
+    selected = {
+        (item.callspec.params["file"], item.callspec.params["marker"])
+        for item in request.session.items
+        if item.path == Path(__file__)
+    }
+    order = sorted(selected, key=lambda one: -(FOLDER / one[0]).stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = {one: pool.submit(run, *one) for one in order}
+        yield lambda *one: runs[one].result()
+        # Those that nobody waits for: the session was stopped.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("file", FILES)
-def test_interpreted_in_full(file: str) -> None:
-    run(file, "slow")
+def test_interpreted(
+    file: str, marker: str, finished: Callable[[str, str], None]
+) -> None:
+    finished(file, marker)

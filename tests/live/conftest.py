@@ -98,6 +98,8 @@ class _ServedReference(ReferenceModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from vllm import ir
 
+        if self.own.layer_norm:
+            return super()._add_norm(x, residual, name)
         weight = self._served_gain(name)
         x = x.to(self.dtype)
         if not residual.any():
@@ -110,6 +112,14 @@ class _ServedReference(ReferenceModel):
     def _normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
         from vllm import ir
 
+        if self.own.layer_norm:
+            weight, bias = (
+                self.tensors[f"{name}.{kind}"].to(self.dtype)
+                for kind in ("weight", "bias")
+            )
+            return torch.nn.functional.layer_norm(
+                x.to(self.dtype), x.shape[-1:], weight, bias, self.eps
+            ).float()
         weight = self._served_gain(name)
         return ir.ops.rms_norm(x.to(self.dtype), weight, self.eps, None).float()
 
@@ -118,10 +128,18 @@ class _ServedReference(ReferenceModel):
         gain = self._gain(name)
         return gain if self.own.norm_offset else gain.to(self.dtype)
 
-    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+    def _activated(self, out: torch.Tensor) -> torch.Tensor:
+        from vllm.model_executor.layers.activation import (
+            GeluAndMul,
+            NewGELU,
+            SiluAndMul,
+        )
 
-        gate_up = gate_up.to(self.dtype)
+        if self.own.activation == "relu":
+            return super()._activated(out)
+        gate_up = out.to(self.dtype)
+        if self.own.activation == "gelu_new":
+            return NewGELU.forward_native(None, gate_up).float()
         if self.own.activation == "silu":
             return SiluAndMul.forward_native(gate_up).float()
         tanh = SimpleNamespace(approximate="tanh")

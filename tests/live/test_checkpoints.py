@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.schema import Scheme, scheme_from_name
+from vllm_lowbit.schema import ClipRatios, Scheme, scheme_from_name
 
 pytestmark = pytest.mark.live
 
@@ -23,6 +23,13 @@ ROTATIONS = {
     "max_tensor_parallel_size": 1,
 }
 KEYS = {"k": {"apply": "online", **HEAD}}
+# Another for every input of the six layers.
+RATIOS = ClipRatios(
+    attn_input=(0.8, 0.9, 1.0, 0.85, 0.7, 0.95),
+    o_input=(0.95, 0.7, 0.85, 1.0, 0.9, 0.8),
+    mlp_input=(0.65, 0.75, 0.8125, 0.9375, 0.975, 0.5),
+    down_input=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75),
+)
 
 
 @pytest.fixture
@@ -52,7 +59,7 @@ def differences(engine: Any, score: Any, model: str, prompts: list[str]) -> Any:
     [
         ("w4a4kv4", 16, {**ROTATIONS, **KEYS}),
         ("w4a4kv4", 8, {}),
-        (scheme_from_name("w4a4", clip_ratio=0.85), 16, ROTATIONS),
+        (scheme_from_name("w4a4").with_clip_ratios(RATIOS), 16, ROTATIONS),
         ("w4a16-g128", 8, ROTATIONS),
         ("w2a16-g64", 16, {}),
         ("w6a6", 16, ROTATIONS),

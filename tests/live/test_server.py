@@ -26,6 +26,7 @@ from vllm_lowbit.kernels.kv4_store.layout import bytes_per_token
 from vllm_lowbit.kernels.kv4_store.reference import kv4_store
 from vllm_lowbit.kernels.linear_w4a4.reference import accumulators, epilogue
 from vllm_lowbit.schema import scheme_from_name
+from vllm_lowbit.threads import SPIN_COUNT, TURNS
 
 pytestmark = pytest.mark.live
 
@@ -63,7 +64,7 @@ def server(
     url = f"http://127.0.0.1:{port}"
     try:
         _wait(process, url, log)
-        yield SimpleNamespace(url=url, log=log)
+        yield SimpleNamespace(url=url, log=log, pid=process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -161,6 +162,23 @@ def test_log_tells_what_runs(server: SimpleNamespace) -> None:
     assert classes["vocabulary"].startswith("embedding and head unquantized, no")
     assert "KV cache int4" in classes["attention"]
     assert "backend cpu" in classes["attention"]
+
+
+def test_idle_threads_of_the_worker_sleep(server: SimpleNamespace) -> None:
+    started = b"".join(
+        (directory / "environ").read_bytes()
+        for directory in _descendants(server.pid)
+        if b"VLLM::Worker" in (directory / "cmdline").read_bytes()
+    )
+    assert f"{SPIN_COUNT}={TURNS}".encode() in started.split(b"\0")
+
+
+def _descendants(pid: int) -> list[Path]:
+    """Folders of all processes below one."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    below = [folder for child in children for folder in _descendants(child)]
+    return [Path(f"/proc/{child}") for child in children] + below
 
 
 def test_metrics(server: SimpleNamespace) -> None:

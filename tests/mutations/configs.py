@@ -13,6 +13,15 @@ BOTH = (False, True)
 HUGE = 10**30
 DOWN_0 = DOWN.replace("layers.1", "layers.0")
 
+_PLACES = ("attn_input", "o_input", "mlp_input", "down_input")
+
+
+def _clip_ratios(place: str, values: list[Any]) -> dict[str, Any]:
+    """One for each input of the two layers here, but for one place."""
+    others = dict.fromkeys(_PLACES, [0.9, 0.875])
+    return {place: values} | others | {place: values}
+
+
 # Impossible whatever the manifest says. Keys below quantization_config, value; the
 # last key is named.
 IMPOSSIBLE: list[tuple[str, Any]] = [
@@ -50,6 +59,15 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     ("scheme/activations/bits", True),
     ("scheme/activations/dynamic", True),
     ("scheme/activations/symmetric", 0),
+    ("scheme/activations/clip_ratio", 0.4),
+    ("scheme/activations/clip_ratio", 1.5),
+    ("scheme/activations/clip_ratio", [0.9, 0.9]),
+    ("scheme/activations/clip_ratios", 0.9),
+    ("scheme/activations/clip_ratios", {"o_input": [0.9, 0.9]}),
+    ("scheme/activations/clip_ratios", _clip_ratios("k", [0.9, 0.9])),
+    ("scheme/activations/clip_ratios", _clip_ratios("o_input", [0.9])),
+    ("scheme/activations/clip_ratios", _clip_ratios("o_input", [0.9, 0.4])),
+    ("scheme/activations/clip_ratios", _clip_ratios("o_input", [0.9, True])),
     ("scheme/kv_cache", 4),
     ("scheme/kv_cache/bits", 8),
     ("scheme/kv_cache/bits", False),
@@ -95,6 +113,8 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
 OTHER_FUNCTION: list[tuple[str, Any]] = [
     ("scheme/activations/bits", 8),
     ("scheme/activations/symmetric", True),
+    ("scheme/activations/clip_ratio", 0.9),
+    ("scheme/activations/clip_ratios", _clip_ratios("o_input", [0.9, 0.9])),
     ("rotations/residual", None),
     ("rotations/residual/sign_seed", 4),
     ("rotations/attn_input", None),
@@ -170,7 +190,7 @@ OTHER_MODEL: list[tuple[str, Any]] = [
 # Key, value, and the key that is named.
 ARCHITECTURES: list[tuple[str, Any, str]] = [
     ("architectures", ["MistralForCausalLM"], "model_type"),
-    ("architectures", ["GPT2LMHeadModel"], "architectures"),
+    ("architectures", ["GPT2LMHeadModel"], "model_type"),
     ("architectures", ["LlamaForCausalLM", "LlamaForCausalLM"], "architectures"),
     ("model_type", "mistral", "model_type"),
 ]

@@ -15,7 +15,7 @@ from vllm_lowbit import truth
 from vllm_lowbit.calibrate.reference_model import ReferenceModel
 from vllm_lowbit.errors import CheckpointError, UnsupportedError
 from vllm_lowbit.kernels.linear_w4a4.generic import prepare
-from vllm_lowbit.load_time import FUSED
+from vllm_lowbit.module_names import FUSED
 from vllm_lowbit.takeover.checkpoint import read_quantization
 from vllm_lowbit.takeover.foreign import ForeignFormat
 

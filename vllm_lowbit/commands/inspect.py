@@ -97,7 +97,8 @@ def _linears(found: "Inspection") -> Table:
         activations = "unquantized"
         if linear.activation_bits != 16:
             kind = _kind(linear.activation_symmetric)
-            clip = clipped(linear.activation_clip_ratio)
+            ratio = linear.activation_clip_ratio
+            clip = clipped(ratio if isinstance(ratio, tuple) else (ratio,))
             activations = f"int{linear.activation_bits} {kind}{clip}"
             table.caption = "activations have a scale per token"
         table.add_row(name, weights, per, activations, linear.online_rotation or "none")

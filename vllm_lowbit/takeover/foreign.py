@@ -10,15 +10,16 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from ..architecture import ModelShape, check_scheme
+from ..architecture import ModelShape
 from ..checkpoint import TensorSpec
 from ..errors import CheckpointError, UnsupportedError
 from ..kernels.grid import IntGrid
 from ..kernels.packing import unpack
-from ..load_time import FUSED, QuantizedWeight
+from ..load_time import QuantizedWeight
+from ..module_names import ROLES, ModuleNames
+from ..placement import check_scheme
 from ..schema import LowbitConfig, Rotations, Scheme, StrictModel
 
-ROLES = tuple(part for parts in FUSED.values() for part in parts)
 _BLOCK_ELEMENTS = 1 << 19
 _LARGEST_PARALLEL = 1024
 # Keys of GPTQ and AWQ configs that only say how the codes were found, or how other
@@ -170,12 +171,12 @@ class ForeignFormat(ABC):
 
         Raises:
             UnsupportedError: where it does not fit the model's sizes, or the model is
-                a mixture of experts.
+                a mixture of experts or one with other names than Llama's.
         """
-        if shape.num_experts:
+        if shape.names != ModuleNames() or shape.num_experts:
             raise UnsupportedError(
                 f"{source}: {shape.architecture.name} quantized by {self.name} is not "
-                "supported; of mixtures of experts plain and lowbit checkpoints are"
+                "supported; plain and lowbit checkpoints of it are"
             )
         check_scheme(shape, self.scheme, source)
         # No rotation ties shards together; heads are never cut.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_lowbit.architecture import POSITIONS
 from vllm_lowbit.calibrate.elementwise import embedding_scale, soft_capped
 from vllm_lowbit.calibrate.learn.end_to_end import learn_transforms
 from vllm_lowbit.calibrate.learn.parameters import Learned
@@ -27,8 +28,10 @@ from vllm_lowbit.calibrate.transforms import (
     fold_embedding,
     fold_head,
     fold_layer,
+    folded_norm,
     gain,
     norm_readers,
+    scale_shapes,
 )
 from vllm_lowbit.schema import Provenance
 
@@ -38,14 +41,20 @@ PROVENANCE = Provenance(base_model="x", recipe="x", recipe_sha256="0" * 64)
 
 
 def _recipe(
-    transforms: dict[str, Any], steps: int, scheme: str = "w4a4kv4", **learn: Any
+    transforms: dict[str, Any],
+    steps: int,
+    scheme: str = "w4a4kv4",
+    clips: float | None = None,
+    **learn: Any,
 ) -> Recipe:
+    activations = {} if clips is None else {"clip": "learned", "clip_ratio": clips}
     return Recipe.model_validate(
         {
             "scheme": scheme,
             "transforms": transforms,
             "learn": {"steps": steps, "tokens_per_step": 64} | learn,
             "weights": {"method": "rtn"},
+            "activations": activations,
             "data": {"samples": 8, "seq_len": 32},
         }
     )
@@ -80,11 +89,17 @@ def _logits(
     )
     stages = DecoderStages(AutoConfig.from_pretrained(model), source.shape, served)
     embedding = source.tensor("model.embed_tokens.weight")
-    norm, head = source.tensor("model.norm.weight"), embedding
+    norm, bias, head = source.tensor("model.norm.weight"), None, embedding
+    if source.shape.architecture.layer_norm:
+        bias = source.tensor("model.norm.bias")
     if not source.shape.tie_word_embeddings:
         head = source.tensor("lm_head.weight")
     x = fold_embedding(embedding, learned.residual)[ids]
     x = x * embedding_scale(source.shape, torch.float64)
+    if source.shape.longest is not None:
+        first = source.shape.architecture.position_rows
+        positions = fold_embedding(source.tensor(POSITIONS), learned.residual)
+        x = x + positions[first:][: ids.shape[1]]
     for index in range(source.shape.num_layers):
         tensors = source.layer(index)
         weights = fold_layer(
@@ -97,10 +112,12 @@ def _logits(
         for stage in RESIDUAL_STAGES:
             x = stages.at(index).update(stage, weights, x)
     if learned.residual is None:
-        logits = stages.norm(x, norm.double()) @ head.double().t()
+        final = (norm.double(), None if bias is None else bias.double())
+        logits = stages.norm(x, *final) @ head.double().t()
     else:
-        folded = fold_head(head, gain(norm, source.shape), learned.residual)
-        logits = stages.normalized(x) @ folded.t()
+        folded = fold_head(head, gain(norm, source.shape), bias, learned.residual)
+        final = folded_norm(norm.double(), source.shape)
+        logits = stages.norm(x, *final) @ folded.t()
     return soft_capped(logits, source.shape.logits_cap)
 
 
@@ -121,7 +138,7 @@ def _check_exact(
         logits = _logits(model, recipe, learned, windows[:2])
     assert (logits - expected).norm() < 1e-6 * expected.norm()
     if transforms["scales"] == "learned":
-        for name in ("attn_scale", "mlp_scale", "value_scale", "key_scale", "up_scale"):
+        for name in scale_shapes(Source.open(str(model)).shape):
             scale = getattr(learned.layer(0), name)
             assert 0.01 < float(scale.log().abs().max()) < 6
 
@@ -141,6 +158,16 @@ def _check_exact(
         ({"architecture": "Qwen2ForCausalLM", "hidden_size": 256}, ALL),
         ({"architecture": "Qwen3ForCausalLM"}, ALL),
         ({"architecture": "Phi3ForCausalLM"}, ALL),
+        ({"architecture": "OPTForCausalLM"}, ALL),
+        (
+            {"architecture": "OPTForCausalLM", "tie_word_embeddings": True},
+            ALL | {"equalize": True},
+        ),
+        ({"architecture": "OPTForCausalLM"}, ALL | {"residual": "none"}),
+        (
+            {"architecture": "GPT2LMHeadModel", "tie_word_embeddings": True},
+            ALL | {"equalize": True},
+        ),
         (
             {
                 "architecture": "Gemma2ForCausalLM",
@@ -219,6 +246,19 @@ def test_learning_lowers_the_loss(
     _, curve = _learn(model, recipe, windows, tmp_path)
     losses = [loss for _, loss in curve]
     assert fmean(losses[8:]) < share * losses[0]
+
+
+def test_clip_ratios_learn_alone(tmp_path: Path) -> None:
+    """From far too small ones they grow, and the loss falls."""
+    model = MODELS / "ref-7m"
+    windows = calibration_windows(str(model), default_text(), 4, 64, seed=0)
+    recipe = _recipe({}, 16, clips=0.6, clip_lr=0.02, tokens_per_step=windows.numel())
+    learned, curve = _learn(model, recipe, windows, tmp_path)
+    losses = [loss for _, loss in curve]
+    assert fmean(losses[8:]) < 0.7 * losses[0]
+    ratios = [ratio for layer in learned.clip_ratios for ratio in layer.values()]
+    assert len(ratios) == 6 * 4
+    assert min(ratios) > 0.6 and fmean(ratios) > 0.7
 
 
 def test_windows_come_in_turn() -> None:

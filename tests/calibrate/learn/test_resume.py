@@ -41,6 +41,7 @@ RECIPE: dict[str, Any] = {
         "equalize": True,
     },
     "learn": {"steps": STEPS, "tokens_per_step": 64, "quantize_weights": True},
+    "activations": {"clip": "learned", "clip_ratio": 0.9},
     "data": {"samples": 8, "seq_len": 32},
 }
 
@@ -108,7 +109,29 @@ def test_checkpoint(whole: Path) -> None:
     assert recipe == _recipe()
     card = (whole / "README.md").read_text()
     assert "learned" in card
+    assert "How much of its range each input keeps was learned" in card
     assert not list(whole.parent.glob("*.snapshot"))
+
+
+def test_clip_ratios_are_those_of_every_input(whole: Path) -> None:
+    """Learned from 0.9, a value for each, with which the reference computes."""
+    reference = ReferenceModel(str(whole))
+    assert reference.config is not None
+    activations = reference.config.scheme.activations
+    assert activations.clip_ratio == 1 and activations.clip_ratios is not None
+    found = dict(activations.clip_ratios)
+    ratios = [ratio for of_layers in found.values() for ratio in of_layers]
+    assert len(set(ratios)) > 4
+    assert all(0.85 < ratio < 0.95 and ratio == round(ratio, 4) for ratio in ratios)
+    for place, linear in (
+        ("attn_input", "self_attn.qkv_proj"),
+        ("o_input", "self_attn.o_proj"),
+        ("mlp_input", "mlp.gate_up_proj"),
+        ("down_input", "mlp.down_proj"),
+    ):
+        for layer, ratio in enumerate(found[place]):
+            grid = reference.linears[f"model.layers.{layer}.{linear}"].activations
+            assert grid.clip_ratio == ratio
 
 
 @pytest.mark.parametrize("online", ["hadamard", "none"])

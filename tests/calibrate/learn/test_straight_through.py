@@ -94,14 +94,72 @@ def test_backward_of_the_cache_follows_the_scale() -> None:
     assert torch.allclose(x.grad, other.grad, atol=2e-3)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("start", [0.9, 0.5])
+def test_backward_of_the_ratio(grid: IntGrid, start: float) -> None:
+    """That of the scale, whose elements beyond the range have their code as slope."""
+    x = _rows()[3:].requires_grad_()
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    ratio, other = (torch.tensor(start, requires_grad=True) for _ in range(2))
+    (fake_quantize(x, grid, ratio) * weight).sum().backward()
+
+    plain = x.detach()
+    assert torch.equal(fake_quantize(x, grid, ratio), fake_quantize(plain, grid, start))
+    scale, zero_point = grid.parameters(plain, start)
+    steps = torch.round(plain * (1 / scale)) + zero_point
+    beyond = (steps < grid.code_min) | (steps > grid.code_max)
+    # Within half a step of the end of a coarse grid everything keeps its code.
+    assert bool(beyond.any()) or start == 0.9
+    quantized = decode(grid.encode(plain, scale, zero_point), scale, zero_point)
+    slope = torch.where(beyond, quantized, quantized - plain) / scale
+    (slope * (scale / start * other) * weight).sum().backward()
+    assert ratio.grad is not None and other.grad is not None
+    assert torch.allclose(ratio.grad, other.grad, rtol=1e-3)
+    # The gradient of x is that of a ratio that is not learned.
+    assert x.grad is not None
+    again = plain.clone().requires_grad_()
+    (fake_quantize(again, grid, start) * weight).sum().backward()
+    assert again.grad is not None
+    assert torch.allclose(x.grad, again.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "start"), [(4, 0.6), (4, 0.75), (8, 0.9), (8, 0.6)])
+def test_gradient_of_the_ratio_is_the_slope_of_the_error(
+    bits: int, start: float, symmetric: bool
+) -> None:
+    """Over many rows, as a finite difference; x itself need not ask for a gradient."""
+    grid = IntGrid(bits, symmetric)
+    x = torch.randn(20000, 64, generator=torch.Generator().manual_seed(0))
+
+    def error(ratio: torch.Tensor) -> torch.Tensor:
+        return (fake_quantize(x, grid, ratio) - x).square().mean()
+
+    ratio = torch.tensor(start, requires_grad=True)
+    error(ratio).backward()
+    with torch.no_grad():
+        slope = (error(ratio + 0.01) - error(ratio - 0.01)) / 0.02
+    assert float(slope) < -1e-3
+    assert ratio.grad is not None
+    assert float(ratio.grad) == pytest.approx(float(slope), rel=0.05)
+
+
 def test_rows_without_a_range_have_finite_gradients() -> None:
-    for quantize in (through_cache, lambda t: fake_quantize(t, IntGrid(4, False))):
+    ratio = torch.tensor(0.9, requires_grad=True)
+    grid = IntGrid(4, False)
+    for quantize in (
+        through_cache,
+        lambda t: fake_quantize(t, grid),
+        lambda t: fake_quantize(t, grid, ratio),
+    ):
         x = torch.zeros(3, 8)
         x[1] = 2.0
         x.requires_grad_()
         quantize(x).sum().backward()
         assert x.grad is not None
         assert torch.isfinite(x.grad).all()
+    # No ratio changes what such rows become.
+    assert ratio.grad is not None and float(ratio.grad) == 0
 
 
 @pytest.mark.parametrize("name", ["asymmetric", "symmetric", "cache"])

@@ -75,6 +75,20 @@ def refused(
 META = torch.empty(M, K, dtype=torch.int8, device="meta")
 
 
+def elsewhere(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def askew(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros at an odd address."""
+    memory = bytearray(4 * torch.Size(shape).numel() + 1)
+    count = torch.Size(shape).numel()
+    return torch.frombuffer(memory, dtype=dtype, offset=1)[:count].view(shape)
+
+
+INT, BYTE = torch.int32, torch.uint8
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -98,6 +112,16 @@ META = torch.empty(M, K, dtype=torch.int8, device="meta")
         ("out_dtype", torch.float64, "bfloat16, float16 or float32, got"),
         ("activation_bits", 1, "activation_bits must be 2 to 8, got 1"),
         ("activation_bits", 9, "activation_bits must be 2 to 8, got 9"),
+        ("weight", elsewhere(N, 64, dtype=BYTE), "weight must be on cpu, got meta"),
+        ("weight_scale", elsewhere(1, N), "weight_scale must be on cpu, got meta"),
+        ("weight_zero", elsewhere(1, N, dtype=INT), "weight_zero must be on cpu, got"),
+        ("weight_sum", elsewhere(1, N, dtype=INT), "weight_sum must be on cpu, got"),
+        ("scale", elsewhere(M, 1), "^scale must be on cpu, got meta"),
+        ("zero_point", elsewhere(M, 1, dtype=INT), "zero_point must be on cpu, got"),
+        ("bias", elsewhere(N), "bias must be on cpu, got meta"),
+        ("weight_scale", askew(1, N), "weight_scale must be aligned to 4 bytes, its"),
+        ("weight_sum", askew(1, N, dtype=INT), "weight_sum must be aligned to 4 bytes"),
+        ("bias", askew(N, dtype=torch.float16), "bias must be aligned to 2 bytes"),
     ],
 )
 def test_integer_linear(name: str, value: Any, message: str) -> None:
@@ -222,6 +246,12 @@ def test_tile_beyond_a_chips_memory(
         ("bias", torch.zeros(1, N), r"bias must be .*\[8\]"),
         ("out_dtype", torch.int32, "out_dtype must be"),
         ("config", E4M3, "config.e4m3 is of linear_w4a4, got it for linear_wna16"),
+        ("x", elsewhere(M, K, dtype=torch.half), r"x must be on a GPU \(cuda\), got"),
+        ("x", askew(M, K, dtype=torch.half), "x must be aligned to 2 bytes"),
+        ("weight", elsewhere(N, 64, dtype=BYTE), "weight must be on cpu, got meta"),
+        ("weight_scale", elsewhere(1, N), "weight_scale must be on cpu, got meta"),
+        ("weight_zero", elsewhere(1, N, dtype=INT), "weight_zero must be on cpu, got"),
+        ("bias", elsewhere(N), "bias must be on cpu, got meta"),
     ],
 )
 def test_float_linear(name: str, value: Any, message: str) -> None:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_lowbit.kernels import ops  # noqa: F401 (registers torch.ops.lowbit)
 from vllm_lowbit.kernels.gpu.weights import pack
+from vllm_lowbit.kernels.implementations import IMPLEMENTATIONS
 from vllm_lowbit.kernels.linear_experts.routing import by_expert
 
 NAMES = (
@@ -19,7 +20,22 @@ NAMES = (
 )
 
 
-def samples(name: str) -> list[tuple[Any, ...]]:
+SHARED = (
+    "hadamard",
+    "hadamard_quantize",
+    "rms_norm_hadamard_quantize",
+    "swiglu_hadamard_quantize",
+    "kv4_store",
+    "rope_kv4_store",
+    "kv4_attention",
+    "kv4_attention_out",
+)
+Samples = dict[str, list[tuple[Any, ...]]]
+
+
+def samples(name: str, shared_samples: Samples) -> list[tuple[Any, ...]]:
+    if name in shared_samples:
+        return shared_samples[name]
     weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
     zeros, bias = torch.randint(-8, 8, (24, 2)), torch.randn(24)
     channel = pack(weight, torch.rand(24, 1), None, 4, widen=True)
@@ -48,16 +64,25 @@ def samples(name: str) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str) -> None:
-    for arguments in samples(name):
-        torch.library.opcheck(getattr(torch.ops.lowbit, name).default, arguments)
+@pytest.mark.parametrize("name", NAMES + SHARED)
+def test_opcheck(name: str, gpu_ops: None, shared_samples: Samples) -> None:
+    """Schema against what is mutated or aliased, and the fake against the result."""
+    checks = ["test_schema", "test_faketensor"]
+    for arguments in samples(name, shared_samples):
+        operator = getattr(torch.ops.lowbit, name).default
+        torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_fake_has_the_form_of_the_result(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES + SHARED)
+def test_fake_has_the_form_of_the_result(
+    name: str, gpu_ops: None, shared_samples: Samples
+) -> None:
+    def forms(result: Any) -> list[tuple[Any, ...]]:
+        tensors = result if isinstance(result, tuple) else (result,)
+        return [(t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
+
     operator = getattr(torch.ops.lowbit, name).default
-    for arguments in samples(name):
+    for arguments in samples(name, shared_samples):
         real = operator(*arguments)
         with FakeTensorMode() as mode:
             fake = operator(
@@ -66,11 +91,16 @@ def test_fake_has_the_form_of_the_result(name: str) -> None:
                     for a in arguments
                 )
             )
-        assert (fake.dtype, fake.shape, fake.stride()) == (
-            real.dtype,
-            real.shape,
-            real.stride(),
-        )
+        assert forms(fake) == forms(real)
+
+
+def test_ops_of_a_cpu_run_its_own_kernels(shared_samples: Samples) -> None:
+    """Those checks above were of other functions."""
+    arguments = shared_samples["kv4_attention"][0]
+    expected = torch.ops.lowbit.kv4_attention(*arguments)
+    triton = IMPLEMENTATIONS["kv4_attention", "triton"](*arguments)
+    assert not torch.equal(triton, expected)
+    assert (triton - expected).abs().max() < 0.01
 
 
 def test_compiled_linear() -> None:

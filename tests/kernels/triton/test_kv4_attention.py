@@ -48,17 +48,7 @@ def check(batch: Any, **arguments: Any) -> torch.Tensor:
     return actual
 
 
-@pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """``cut(n)``: batches of up to n tokens have their contexts cut into programs."""
-
-    def choose(rows: int) -> None:
-        monkeypatch.setattr(triton, "split_rows", lambda kv_heads, device: rows)
-
-    return choose
-
-
-HEADS = ((4, 4), (8, 2), (3, 1))
+HEADS = ((2, 2), (8, 2), (3, 1))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,7 +57,7 @@ def check_decode(
 ) -> None:
     """Ragged lengths, some with several splits; a window for some."""
     batch = kv_batch(
-        [300, 1, 64],
+        [270, 1, 64],
         [1, 1, 1],
         num_heads=heads[0],
         num_kv_heads=heads[1],
@@ -97,33 +87,49 @@ def test_decode_in_every_type(
 
 @pytest.mark.parametrize("cap", [1.0, 30.0])
 def test_soft_cap(cap: float, kv_batch: Batches) -> None:
-    for query_lens in ([1, 1], [4, 30]):
+    for query_lens in ([1, 1], [4, 18]):
         batch = kv_batch([90, 30], query_lens)
         check(batch, cap=cap, scale=0.5)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("window", [None, 1, 40])
-def test_prefixes_and_chunks(
-    head_dim: int, window: int | None, kv_batch: Batches
-) -> None:
+def check_chunks(head_dim: int, window: int | None, kv_batch: Batches) -> None:
     """Whole prompts, a chunk behind a cached prefix, and decodes in one batch."""
-    batch = kv_batch([40, 330, 1, 77, 5], [40, 30, 1, 1, 2], head_dim=head_dim)
+    batch = kv_batch([30, 140, 1, 77, 5], [30, 20, 1, 1, 2], head_dim=head_dim)
     check(batch, window=window, cap=10.0 if window == 40 else None)
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "window"),
+    [(64, None), (64, 1), (80, 40), (96, 1), (128, None), (128, 40), (256, None)],
+)
+def test_prefixes_and_chunks(
+    head_dim: int, window: int | None, kv_batch: Batches
+) -> None:
+    check_chunks(head_dim, window, kv_batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("window", [None, 1, 40])
+def test_chunks_of_every_size(
+    head_dim: int, window: int | None, kv_batch: Batches
+) -> None:
+    check_chunks(head_dim, window, kv_batch)
+
+
+@pytest.mark.parametrize("block_size", [16, 17, 32, 48, 64, 128, 256])
 def test_page_sizes(block_size: int, kv_batch: Batches) -> None:
     """Several pages a tile, several tiles a page, and pages that tiles do not fit."""
+    heads = {"num_heads": 2, "num_kv_heads": 1, "block_size": block_size}
     for query_lens in ([1, 1, 1], [3, 20, 1]):
-        batch = kv_batch([255, 257, 64], query_lens, block_size=block_size)
+        batch = kv_batch([55, 257, 64], query_lens, **heads)
         check(batch, window=33 if block_size == 48 else None)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 12, 16, 20, 71])
+@pytest.mark.parametrize("group", [1, 3, 5, 12, 16, 20, 71])
 def test_group_sizes(group: int, kv_batch: Batches) -> None:
     """Also more query heads than a tile has rows."""
-    for query_lens in ([1, 1], [17, 1]):
+    for query_lens in ([1, 1], [17 if group < 20 else 3, 1]):
         batch = kv_batch([70, 30], query_lens, num_heads=group, num_kv_heads=1)
         check(batch)
 
@@ -151,7 +157,7 @@ def check_any_shape(data: st.DataObject, kv_batch: Batches) -> None:
         num_kv_heads=num_kv_heads,
         num_heads=num_kv_heads * data.draw(st.integers(1, 5)),
         head_dim=data.draw(st.sampled_from(HEAD_DIMS)),
-        block_size=data.draw(st.sampled_from((16, 32, 64, 128))),
+        block_size=data.draw(st.sampled_from((16, 17, 32, 64, 128))),
         rotate=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 1000)),
     )
@@ -167,7 +173,7 @@ def check_any_shape(data: st.DataObject, kv_batch: Batches) -> None:
 def test_error_is_that_of_16_bit_floats(kv_batch: Batches) -> None:
     """Neither larger (a sum that cancels) nor none (not what is documented)."""
     for head_dim in HEAD_DIMS:
-        batch = kv_batch([700], [4], head_dim=head_dim)
+        batch = kv_batch([300], [4], head_dim=head_dim)
         expected = batch.attend(reference.kv4_attention)
         error = batch.attend(kv4_attention) - expected
         assert 1e-6 < error.square().mean().sqrt() < 4e-5
@@ -245,8 +251,7 @@ def test_long_contexts(length: int, window: int | None, kv_batch: Batches) -> No
     check(batch, window=window)
 
 
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "window"), [(64, 300), (128, None)])
 def test_every_way_to_cut_gives_the_same_bits(
     head_dim: int,
     window: int | None,
@@ -255,14 +260,16 @@ def test_every_way_to_cut_gives_the_same_bits(
     kv_batch: Batches,
 ) -> None:
     """Programs of their own or one for all, however many, in any batch."""
-    batch = kv_batch([700, 20, 257, 600], [1, 1, 1, 1], head_dim=head_dim)
+    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": head_dim}
+    batch = kv_batch([600, 20, 257], [1, 1, 1], **heads)
     cut(0)
     whole = batch.attend(kv4_attention, window=window)
     cut(100)
-    for programs in (1, 3, 1000):
-        monkeypatch.setattr(triton, "processors", lambda device, n=programs: n)
+    for programs in (1, 6, 1000):
+        monkeypatch.setattr(triton, "processors", lambda device: 1)
+        monkeypatch.setattr(triton, "PROGRAMS_PER_PROCESSOR", programs)
         assert torch.equal(batch.attend(kv4_attention, window=window), whole)
-    for order in ([2, 0, 3, 1], [3], [1, 0]):
+    for order in ([2, 0, 1], [2]):
         part = batch.reordered(order).attend(kv4_attention, window=window)
         expected = torch.cat([whole[batch.rows(i)] for i in order])
         assert torch.equal(part, expected)
@@ -271,13 +278,13 @@ def test_every_way_to_cut_gives_the_same_bits(
 def test_long_queries_may_be_cut(cut: Callable[[int], None], kv_batch: Batches) -> None:
     """A chunk of many rows behind a long prefix, with room for its splits."""
     cut(200)
-    batch = kv_batch([700, 90], [70, 3])
+    batch = kv_batch([530, 90], [33, 1], num_kv_heads=1)
     check(batch)
     check(batch, window=300)
 
 
 def test_pages_and_strides_change_no_bit(kv_batch: Batches) -> None:
-    batch = kv_batch([300, 50], [4, 1])
+    batch = kv_batch([90, 50], [4, 1])
     whole = batch.attend(kv4_attention)
     order = torch.randperm(len(batch.cache))
     used = batch.block_table < len(order)

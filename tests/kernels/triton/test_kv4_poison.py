@@ -15,46 +15,51 @@ from vllm_lowbit.kernels.kv4_store.layout import planes
 Batches = Callable[..., Any]
 PARAMETERS = ("k_scale", "k_zero", "v_scale", "v_zero")
 # Decodes; chunks whose rows see different parts of a tile.
-FORMS = (((40, 300), (1, 1)), ((40, 300), (7, 20)))
+FORMS = (((40, 270), (1, 1)), ((40, 90), (7, 20)))
+FILLS = {"NaN": 255, "zero": 0, "large": 126}
 
 
-@pytest.mark.parametrize("fill", [255, 0, 126], ids=["NaN", "zero", "large"])
 @pytest.mark.parametrize("form", FORMS, ids=["decode", "chunk"])
 def test_unwritten_bytes_do_not_matter(
-    fill: int, form: tuple[tuple[int, ...], tuple[int, ...]], kv_batch: Batches
+    form: tuple[tuple[int, ...], tuple[int, ...]], kv_batch: Batches
 ) -> None:
     """Unused pages and the slots after the last token, whatever they hold."""
-    batch = kv_batch(*form, block_size=32)
+    batch = kv_batch(*form, num_heads=2, num_kv_heads=1, block_size=32)
     whole = batch.attend(kv4_attention)
     assert torch.isfinite(whole).all()
     written = torch.zeros(batch.cache.shape[:3], dtype=torch.bool)
     for row, length in zip(batch.block_table, batch.seq_lens, strict=True):
         for token in range(length):
             written[row[token // 32], :, token % 32] = True
-    cache = torch.full_like(batch.cache, fill)
-    for source, target in zip(planes(batch.cache), planes(cache), strict=True):
-        target[written] = source[written]
-    assert torch.equal(replace(batch, cache=cache).attend(kv4_attention), whole)
+    for name, fill in FILLS.items():
+        cache = torch.full_like(batch.cache, fill)
+        for source, target in zip(planes(batch.cache), planes(cache), strict=True):
+            target[written] = source[written]
+        actual = replace(batch, cache=cache).attend(kv4_attention)
+        assert torch.equal(actual, whole), name
 
 
-@pytest.mark.parametrize("parameter", PARAMETERS)
 @pytest.mark.parametrize(("value", "window"), [(torch.nan, None), (torch.inf, 12)])
+@pytest.mark.parametrize("form", FORMS, ids=["decode", "chunk"])
 def test_poisoned_tokens_reach_the_rows_that_see_them(
-    parameter: str, value: float, window: int | None, kv_batch: Batches
+    form: tuple[tuple[int, ...], tuple[int, ...]],
+    value: float,
+    window: int | None,
+    kv_batch: Batches,
 ) -> None:
     """As the reference: those rows of that head are NaN, no other changes a bit."""
-    for seq_lens, query_lens in FORMS:
-        batch = kv_batch(seq_lens, query_lens)
-        whole = batch.attend(kv4_attention, window=window)
-        token = seq_lens[1] - 6
+    batch = kv_batch(*form, num_heads=2)
+    whole = batch.attend(kv4_attention, window=window)
+    token = batch.seq_lens[1] - 6
+    page = int(batch.block_table[1, token // 16])
+    for parameter in PARAMETERS:
         cache = batch.cache.clone()
-        page = int(batch.block_table[1, token // 16])
         getattr(planes(cache), parameter)[page, 1, token % 16] = value
         poisoned = replace(batch, cache=cache)
         expected = poisoned.attend(reference.kv4_attention, window=window).isnan()
         actual = poisoned.attend(kv4_attention, window=window)
-        assert expected.any() and torch.equal(actual.isnan(), expected)
-        assert torch.equal(actual[~expected], whole[~expected])
+        assert expected.any() and torch.equal(actual.isnan(), expected), parameter
+        assert torch.equal(actual[~expected], whole[~expected]), parameter
 
 
 @pytest.mark.parametrize("parameter", ["k_scale", "v_scale"])

@@ -8,27 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit.kernels.kv4_attention import reference, triton
+from vllm_lowbit.kernels.kv4_attention import reference
 from vllm_lowbit.kernels.kv4_attention.triton import kv4_attention
 
 Batches = Callable[..., Any]
 Cut = Callable[[int], None]
 # Context and query lengths, and the tokens whose contexts may be cut into programs.
 ENDS = {
-    "merge": ((300, 1), (1, 1), 100),
-    "fold": ((300, 1), (1, 1), 0),
-    "whole": ((90, 5), (30, 1), 0),
+    "merge": ((270, 1), (1, 1), 100),
+    "fold": ((270, 1), (1, 1), 0),
+    "whole": ((60, 5), (20, 1), 0),
 }
-
-
-@pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> Cut:
-    """``cut(n)``: batches of up to n tokens have their contexts cut into programs."""
-
-    def choose(rows: int) -> None:
-        monkeypatch.setattr(triton, "split_rows", lambda kv_heads, device: rows)
-
-    return choose
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -55,13 +45,14 @@ def test_against_the_reference(
 
 def test_values_of_any_size(kv_batch: Batches) -> None:
     """The peak of a row has the exponent of a V scale in it, the sink has not."""
-    batch = kv_batch([40], [2], rotate=False)
+    batch = kv_batch([270], [1], rotate=False)
     whole = batch.attend(kv4_attention, sinks=torch.zeros(4))
     page = replace(batch, cache=batch.cache.clone())
     parameters = page.cache.flatten(2)[..., 16 * 64 :].view(torch.float16)
     parameters[..., 32:48] *= 256.0  # V scales
     scaled = page.attend(kv4_attention, sinks=torch.zeros(4))
-    torch.testing.assert_close(scaled, 256 * whole, rtol=1e-5, atol=0)
+    limit = 1e-5 * float(scaled.abs().max())
+    torch.testing.assert_close(scaled, 256 * whole, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -91,7 +82,7 @@ def test_rows_that_see_nothing(
 
 
 def test_every_way_to_cut_gives_the_same_bits(cut: Cut, kv_batch: Batches) -> None:
-    batch = kv_batch([300, 20, 257], [1, 1, 1], num_kv_heads=1)
+    batch = kv_batch([270, 20, 257], [1, 1, 1], num_kv_heads=1)
     sinks = torch.tensor([1.5, -1.0, 4.0, 0.0])
     cut(0)
     whole = batch.attend(kv4_attention, sinks=sinks)

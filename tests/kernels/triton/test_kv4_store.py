@@ -65,7 +65,7 @@ def test_bytes_of_the_reference(
 @given(data=st.data())
 def test_any_shape(data: st.DataObject, assert_same_bits: SameBits) -> None:
     tokens, heads = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
-    block_size = data.draw(st.sampled_from((16, 32, 48, 256)))
+    block_size = data.draw(st.sampled_from((16, 17, 48, 256)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     head_dim = data.draw(st.sampled_from(HEAD_DIMS))
     qkv = torch.randn(tokens, heads + 2, 2, head_dim, generator=generator)
@@ -83,12 +83,12 @@ def test_any_shape(data: st.DataObject, assert_same_bits: SameBits) -> None:
 
 def test_rows_are_independent(assert_same_bits: SameBits) -> None:
     """One token at a time, and pages in any memory order."""
-    key, value = torch.randn(2, 20, 3, 128)
-    slots = torch.randperm(80)[:20]
-    whole = pages(5, 3, 16, 128)
+    key, value = torch.randn(2, 18, 2, 64)
+    slots = torch.randperm(80)[:18]
+    whole = pages(5, 2, 16, 64)
     kv4_store(key, value, whole, slots, True)
-    single = pages(3, 5, 16, 128).transpose(0, 1)
-    for i in range(20):
+    single = pages(2, 5, 16, 64).transpose(0, 1)
+    for i in range(18):
         kv4_store(key[i : i + 1], value[i : i + 1], single, slots[i : i + 1], True)
     assert_same_bits(single.contiguous(), whole)
 

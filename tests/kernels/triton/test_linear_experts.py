@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linears of experts: tiles of each, and results of the reference."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_lowbit.expert_kernels import GenericExperts, TritonExperts
 from vllm_lowbit.kernels.gpu.configs import LinearConfig
@@ -63,55 +67,61 @@ def _packed(weights: tuple[Any, ...], bits: int, widen: bool) -> list[Any]:
     return [None if p[0] is None else torch.stack(p) for p in zip(*parts, strict=True)]
 
 
-def _of_pair(routing: Routing, pair: int) -> tuple[int, int]:
-    expert = int((routing.offsets[1:] <= pair).sum())
-    return expert, int(routing.rows[pair])
+def _by_expert(
+    routing: Routing,
+    weights: tuple[Any, ...],
+    linear: Callable[..., torch.Tensor],
+    *inputs: torch.Tensor,
+) -> torch.Tensor:
+    """``[pairs, n]`` of a reference: each expert on the rows that were sent to it."""
+    offsets, parts = routing.offsets.tolist(), []
+    for expert, (first, end) in enumerate(pairwise(offsets)):
+        rows = routing.rows[first:end]
+        own = [None if w is None else w[expert] for w in weights]
+        given = [t[rows] for t in inputs]
+        parts.append(linear(*given, *own, None, torch.float32))
+    return torch.cat(parts)
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group_size", [0, 32, 128])
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_integer_sums_are_those_of_each_expert(
-    tile: str, bits: int, group_size: int, tokens: int
+def check_integers(
+    routing: Routing,
+    tokens: int,
+    k: int,
+    group_size: int,
+    bits: int,
+    asymmetric: bool,
+    config: LinearConfig,
 ) -> None:
-    k = 384 if group_size else 200
-    routing = _routing(tokens)
-    config = replace(TILES[tile], e4m3=bits == 4 and tokens > 1)
-    for asymmetric in (False, True):
-        codes = torch.randint(-8, 8, (tokens, k), dtype=torch.int8)
-        scale = torch.rand(tokens, 1) + 0.01
-        zero = torch.randint(-8, 8, (tokens, 1), dtype=torch.int32)
-        weights = _weights(bits, k, group_size, asymmetric)
-        actual = linear_experts_w4a4(
-            codes,
-            scale,
-            zero if asymmetric else None,
-            routing.rows,
-            routing.offsets,
-            *_packed(weights, bits, True),
-            4,
-            torch.float32,
-            config,
-        )
-        zero = zero if asymmetric else torch.zeros_like(zero)
-        for pair in range(2 * tokens):
-            expert, token = _of_pair(routing, pair)
-            row = slice(token, token + 1)
-            own = [None if w is None else w[expert] for w in weights]
-            expected = linear_w4a4(
-                codes[row], scale[row], zero[row], *own, None, torch.float32
-            )
-            assert torch.equal(actual[pair], expected[0])
+    codes = torch.randint(-8, 8, (tokens, k), dtype=torch.int8)
+    scale = torch.rand(tokens, 1) + 0.01
+    zero = torch.randint(-8, 8, (tokens, 1), dtype=torch.int32)
+    weights = _weights(bits, k, group_size, asymmetric)
+    actual = linear_experts_w4a4(
+        codes,
+        scale,
+        zero if asymmetric else None,
+        routing.rows,
+        routing.offsets,
+        *_packed(weights, bits, True),
+        4,
+        torch.float32,
+        config,
+    )
+    zero = zero if asymmetric else torch.zeros_like(zero)
+    expected = _by_expert(routing, weights, linear_w4a4, codes, scale, zero)
+    assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [0, 128])
-def test_weight_only(tile: str, bits: int, group_size: int) -> None:
-    k, routing = 256, _routing(20)
-    x = torch.randn(20, k).half()
-    weights = _weights(bits, k, group_size, zeros=True)
+def check_floats(
+    routing: Routing,
+    tokens: int,
+    k: int,
+    group_size: int,
+    bits: int,
+    zeros: bool,
+    config: LinearConfig,
+) -> None:
+    x, weights = torch.randn(tokens, k).half(), _weights(bits, k, group_size, zeros)
     actual = linear_experts_wna16(
         x,
         routing.rows,
@@ -119,13 +129,61 @@ def test_weight_only(tile: str, bits: int, group_size: int) -> None:
         *_packed(weights, bits, False)[:3],
         bits,
         torch.float32,
-        TILES[tile],
+        config,
     )
-    for pair in range(40):
-        expert, token = _of_pair(routing, pair)
-        own = [None if w is None else w[expert] for w in weights]
-        expected = linear_wna16(x[token : token + 1], *own, None, torch.float32)[0]
-        assert (actual[pair] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected = _by_expert(routing, weights, linear_wna16, x)
+    largest = expected.abs().amax(-1, keepdim=True)
+    assert bool(((actual - expected).abs() <= 1e-5 * largest).all())
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [0, 32, 128])
+def test_integer_sums_are_those_of_each_expert(
+    tile: str, bits: int, group_size: int
+) -> None:
+    for tokens, asymmetric in ((1, tile == "swapped"), (20, tile == "natural")):
+        config = replace(TILES[tile], e4m3=bits == 4 and tokens > 1)
+        rest = 256 if group_size else 200, group_size, bits, asymmetric, config
+        check_integers(_routing(tokens), tokens, *rest)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_weight_only(bits: int, group_size: int) -> None:
+    tile = TILES["swapped" if bits == 4 else "natural"]
+    check_floats(_routing(12), 12, 256, group_size, bits, True, tile)
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    check_any_shape(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(data=st.data())
+def test_many_shapes(data: st.DataObject) -> None:
+    check_any_shape(data)
+
+
+def check_any_shape(data: st.DataObject) -> None:
+    """Any choice of experts, also none of a token's, or the same for all."""
+    each, tokens = data.draw(st.integers(1, EXPERTS)), data.draw(st.integers(1, 12))
+    choice = st.permutations(range(EXPERTS)).map(lambda order: order[:each])
+    chosen = data.draw(st.lists(choice, min_size=tokens, max_size=tokens))
+    routing = by_expert(torch.tensor(chosen), EXPERTS)
+    group_size = data.draw(st.sampled_from((0, 32, 64, 128)))
+    k = data.draw(st.integers(1, 2)) * (group_size or 72)
+    bits = data.draw(st.sampled_from((2, 3, 4, 6, 8)))
+    tile = TILES[data.draw(st.sampled_from(tuple(TILES)))]
+    flag, e4m3 = data.draw(st.booleans()), bits <= 4 and data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        config = replace(tile, e4m3=e4m3)
+        check_integers(routing, tokens, k, group_size, bits, flag, config)
+    else:
+        check_floats(routing, tokens, k, group_size, bits, flag, tile)
 
 
 def test_no_tokens() -> None:
@@ -169,6 +227,21 @@ def test_as_the_generic_backend(activation_bits: int | None, scaled: str) -> Non
     assert (actual - generic).abs().max() <= 4e-3 * generic.abs().max()
 
 
+ARGUMENTS: dict[str, Any] = {
+    "codes": torch.zeros(3, 128, dtype=torch.int8),
+    "scale": torch.ones(3, 1),
+    "zero_point": None,
+    "rows": torch.zeros(4, dtype=torch.int64),
+    "offsets": torch.tensor([0, 4, 4, 4, 4, 4], dtype=torch.int32),
+    "weight": torch.zeros(5, 8, 64, dtype=torch.uint8),
+    "weight_scale": torch.ones(5, 1, 8),
+    "weight_zero": None,
+    "weight_sum": torch.zeros(5, 1, 8, dtype=torch.int32),
+    "activation_bits": 4,
+    "out_dtype": torch.float32,
+}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -187,22 +260,17 @@ def test_as_the_generic_backend(activation_bits: int | None, scaled: str) -> Non
         ({"scale": torch.ones(3)}, r"scale must be torch.float32 \[3, 1\]"),
         ({"activation_bits": 9}, "activation_bits must be 2 to 8, got 9"),
         ({"out_dtype": torch.int32}, "out_dtype must be bfloat16, float16 or float32"),
+        *(
+            ({name: value.to("meta")}, f"^{name} must be on cpu, got meta")
+            for name, value in ARGUMENTS.items()
+            if isinstance(value, torch.Tensor) and name != "codes"
+        ),
+        (
+            {"weight_zero": torch.zeros(5, 1, 8, dtype=torch.int32, device="meta")},
+            "weight_zero must be on cpu, got meta",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
-    arguments = {
-        "codes": torch.zeros(3, 128, dtype=torch.int8),
-        "scale": torch.ones(3, 1),
-        "zero_point": None,
-        "rows": torch.zeros(4, dtype=torch.int64),
-        "offsets": torch.tensor([0, 4, 4, 4, 4, 4], dtype=torch.int32),
-        "weight": torch.zeros(5, 8, 64, dtype=torch.uint8),
-        "weight_scale": torch.ones(5, 1, 8),
-        "weight_zero": None,
-        "weight_sum": torch.zeros(5, 1, 8, dtype=torch.int32),
-        "activation_bits": 4,
-        "out_dtype": torch.float32,
-        **change,
-    }
     with pytest.raises(ValueError, match=message):
-        linear_experts_w4a4(**arguments)
+        linear_experts_w4a4(**{**ARGUMENTS, **change})

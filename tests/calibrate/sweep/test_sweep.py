@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-lowbit sweep`: what is run, what is not run again, and what it writes."""
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_lowbit.calibrate import text as texts
+from vllm_lowbit.calibrate.choices import evaluate_choices
+from vllm_lowbit.calibrate.evaluate import evaluate
+from vllm_lowbit.calibrate.pipeline import calibrate
+from vllm_lowbit.calibrate.processes import Ended
+from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
+from vllm_lowbit.calibrate.sweep import one, plan, run
+from vllm_lowbit.errors import CalibrationError
+
+from .commands import MEASURED, SMALL, TASK, TEXT, records, sweep
+
+
+class TestSweep:
+    def test_figures_are_those_of_calibrate_and_evaluate(
+        self, model: Path, tmp_path: Path, started: list[str]
+    ) -> None:
+        out = tmp_path / "out"
+        recipes = ("--recipe", "rtn", "--recipe", "quarot")
+        seeds = ("--seed", 0, "--seed", 3)
+        tasks = ("--tasks", TASK, "--limit", 4, "--workers", 1)
+        stdout, stderr = sweep(
+            *(model, "-o", out, *recipes, *seeds, "--scheme", "w4a4"),
+            *(*SMALL, *MEASURED, *tasks),
+        )
+        assert started == [
+            "float",
+            *("rtn-w4a4-seed0", "quarot-w4a4-seed0"),
+            *("rtn-w4a4-seed3", "quarot-w4a4-seed3"),
+        ]
+        found = records(out)
+        assert sorted(found) == sorted(started)
+        alone = tmp_path / "alone"
+        recipe = load_recipe("quarot").override("w4a4", 4, 32, 3)
+        calibrate(str(model), alone, recipe, texts.default_text(), "cpu")
+        for directory, name in ((model, "float"), (alone, "quarot-w4a4-seed3")):
+            text = evaluate(str(directory), TEXT, 64, 200)
+            answers = evaluate_choices(str(directory), [TASK], 4)
+            record = found[name]
+            assert record["perplexity"] == text.perplexity
+            assert record["tokens"] == text.tokens
+            assert record["mean"]["accuracy"] == answers.mean.accuracy
+            assert record["tasks"]["adjunct_island"]["items"] == 4
+        weights = "model.safetensors"
+        kept = out / "quarot-w4a4-seed3"
+        assert (kept / weights).read_bytes() == (alone / weights).read_bytes()
+        base = found["float"]["perplexity"]
+        gaps = [
+            math.log(found[f"quarot-w4a4-seed{seed}"]["perplexity"] / base)
+            for seed in (0, 3)
+        ]
+        assert found["quarot-w4a4-seed3"]["gap"] == pytest.approx(gaps[1], abs=1e-12)
+        shown = "{:.4f} ({:.4f} to {:.4f})".format(sum(gaps) / 2, *sorted(gaps))
+        assert shown in stdout
+        markdown = (out / "sweep.md").read_text()
+        assert "| quarot | w4a4 | 0, 3 | " in markdown and f" | {shown} | " in markdown
+        assert "5/5 quarot-w4a4-seed3: perplexity" in stderr
+        assert not list(out.glob("*.new")) and not list(out.glob(".*.new"))
+
+    def test_order(self, model: Path) -> None:
+        """Seed by seed; a recipe keeps its scheme and seed where none is given."""
+        settings = plan.Settings(
+            model=str(model),
+            recipes=["rtn", "gptq"],
+            schemes=["w4a4", "w4a16-g64"],
+            seeds=[3, 0],
+            samples=4,
+            seq_len=32,
+            vocab_bits=8,
+            text=texts.default_text(),
+            evaluation=one.Evaluation(data=str(TEXT), seq_len=64, max_tokens=200),
+            scratch=None,
+        )
+        runs = plan.make_plan(settings).runs
+        assert [each.name for each in runs] == [
+            "float",
+            *("rtn-w4a4-seed3", "rtn-w4a16-g64-seed3"),
+            *("gptq-w4a4-seed3", "gptq-w4a16-g64-seed3"),
+            *("rtn-w4a4-seed0", "rtn-w4a16-g64-seed0"),
+            *("gptq-w4a4-seed0", "gptq-w4a16-g64-seed0"),
+        ]
+        first = load_recipe("rtn").override("w4a4", 4, 32, 3, 8)
+        assert runs[1].recipe == first
+        own = dataclasses.replace(settings, schemes=[], seeds=[], vocab_bits=None)
+        assert [each.recipe for each in plan.make_plan(own).runs] == [
+            None,
+            load_recipe("rtn").override(samples=4, seq_len=32),
+            load_recipe("gptq").override(samples=4, seq_len=32),
+        ]
+
+    def test_done_is_done(
+        self, model: Path, tmp_path: Path, started: list[str]
+    ) -> None:
+        """What changes is run again, as far as it must, and what is new is added."""
+        out, text = tmp_path / "out", tmp_path / "text"
+        text.write_text(texts.default_text().read_text()[:20_000])
+        recipe = tmp_path / "mine.yaml"
+        recipe.write_text("name: mine\nscheme: w4a16\n")
+        words = (model, "-o", out, "--recipe", recipe, *SMALL, "--workers", 1)
+        words += ("--calibration-data", text)
+
+        def again(*options: object) -> list[str]:
+            started.clear()
+            sweep(*words, *options)
+            return started[:]
+
+        mine = "mine-w4a16-seed0"
+        assert again(*MEASURED) == ["float", mine]
+        weights = out / mine / "model.safetensors"
+        made = weights.stat().st_mtime_ns
+        first = records(out)
+        assert again(*MEASURED) == [] and records(out) == first
+        # A copy of the text at another path is the same text.
+        copy = shutil.copy(TEXT, tmp_path / "copy")
+        assert again("--data", copy, *MEASURED[2:]) == []
+        assert again(*MEASURED[:-1], 100) == ["float", mine]
+        assert weights.stat().st_mtime_ns == made
+        seconds = records(out)[mine]["calibration_seconds"]
+        assert seconds == first[mine]["calibration_seconds"]
+        assert again(*MEASURED) == ["float", mine]
+        assert again(*MEASURED, "--recipe", "rtn", "--scheme", "w4a16") == [
+            "rtn-w4a16-seed0"
+        ]
+        recipe.write_text("name: mine\nscheme: w4a16\nweights: {method: rtn}\n")
+        assert again(*MEASURED) == [mine]
+        assert weights.stat().st_mtime_ns != made
+        text.write_text(texts.default_text().read_text()[20_000:40_000])
+        assert again(*MEASURED) == [mine]
+        # The other one was measured before the text changed, but stays on record.
+        assert "rtn-w4a16-seed0" in records(out)
+        assert "rtn" not in (out / "sweep.md").read_text()
+
+    def test_checkpoints_can_go(
+        self, model: Path, tmp_path: Path, started: list[str]
+    ) -> None:
+        out = tmp_path / "out"
+        words = (model, "-o", out, "--recipe", "rtn", *SMALL, *MEASURED)
+        sweep(*words, "--remove-checkpoints")
+        assert len(started) == 2
+        names = {path.name for path in out.iterdir()}
+        assert names == {"sweep.json", "sweep.md", ".sweep.lock"}
+        sweep(*words)
+        assert len(started) == 2
+
+    def test_a_run_that_fails(
+        self,
+        model: Path,
+        tmp_path: Path,
+        started: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The others go on; it is tried again by the same command."""
+        out, recipes = tmp_path / "out", ("--recipe", "gptq", "--recipe", "rtn")
+        words = (model, "-o", out, *recipes, *SMALL, *MEASURED, "--workers", 1)
+
+        def broken(model: str, output: Path, recipe: Recipe, *rest: Any) -> None:
+            if recipe.name == "gptq":
+                raise CalibrationError("layer 1: not finite")
+            calibrate(model, output, recipe, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one, "calibrate", broken)
+            _, stderr = sweep(*words, code=1)
+        name, other = "gptq-w4a4kv4-seed0", "rtn-w4a4kv4-seed0"
+        assert started == ["float", name, other]
+        failed = f"failed: {name}: error: layer 1: not finite"
+        assert stderr.splitlines()[-1] == failed
+        assert "some words" not in stderr
+        error = "some words\nerror: layer 1: not finite"
+        assert records(out)[name]["error"] == error
+        assert failed in (out / "sweep.md").read_text()
+        assert records(out)[other]["gap"] is not None
+        started.clear()
+        sweep(*words)
+        assert started == [name]
+        assert "error" not in records(out)[name]
+        assert "failed" not in (out / "sweep.md").read_text()
+
+    def test_tasks_alone(self, model: Path, tmp_path: Path, started: list[str]) -> None:
+        out = tmp_path / "out"
+        words = (model, "-o", out, "--recipe", "rtn", *SMALL)
+        stdout, _ = sweep(*words, "--tasks", TASK, "--limit", 2)
+        assert "accuracy" in stdout and "gap" not in stdout
+        assert "perplexity" not in records(out)["float"]
+
+    def test_what_ended_a_process(self) -> None:
+        for ended, expected in (
+            (Ended(1, None, "Trace\nValueError: x\n", 1.0), "ValueError: x"),
+            (Ended(0, None, "", 1.0), "exit code 0, nothing printed"),
+            (
+                Ended(-9, None, "measuring\n", 1.0),
+                "ended by SIGKILL, perhaps for want of memory, after: measuring",
+            ),
+            (Ended(-11, None, "", 1.0), "ended by SIGSEGV"),
+        ):
+            assert run.last_line(run._error(ended)) == expected
