@@ -5,11 +5,12 @@
 
 From the chip's table, or the fallback's where it has none, one setting of a row is
 changed at a time and kept where it makes the row's problems faster; a configuration
-that does not compile, does not fit the chip or gives another result is out. Rows share
-the time that is left equally, and DIR/CHIP.json is written after every one, so a run
-that ends early has lost nothing; a table that is there is gone on from. It takes effect
-in kernels/gpu/configs/, once `python -m benchmarks.compile` (no spills, on every
-machine) and `python -m benchmarks.gpu` are content with it.
+that does not compile, does not fit the chip or gives another result is out. Rows that
+are not for symmetric weights of 4 bits, in groups of 128 or none, stay as they are. The
+others share the time that is left equally, and DIR/CHIP.json is written after every
+one, so a run that ends early has lost nothing; a table that is there is gone on from.
+It takes effect in kernels/gpu/configs/, once `python -m benchmarks.compile` (no spills,
+on every machine) and `python -m benchmarks.gpu` are content with it.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,7 @@ def dump(table: Table) -> str:
     for operator, schemes in table.items():
         parts = []
         for scheme, rows in schemes.items():
-            lines = [
-                " " * 6 + json.dumps({"max_m": row.max_m, **asdict(row.config)})
-                for row in rows
-            ]
+            lines = [" " * 6 + json.dumps(configs.entry(row)) for row in rows]
             parts.append(f'    "{scheme}": [\n' + ",\n".join(lines) + "\n    ]")
         operators.append(f'  "{operator}": {{\n' + ",\n".join(parts) + "\n  }")
     return "{\n" + ",\n".join(operators) + "\n}\n"
@@ -196,7 +194,8 @@ def main() -> None:
         (operator, scheme, index)
         for operator in chosen
         for scheme, rows in table[operator].items()
-        for index in range(len(rows))
+        for index, row in enumerate(rows)
+        if row.takes(configs.Weight(4, GROUPS[scheme], zeros=False))
     ]
     for number, (operator, scheme, index) in enumerate(places):
         if time.monotonic() > ends:
@@ -208,7 +207,7 @@ def main() -> None:
         config, after = tuned(row.config, cost, share, settings_of(operator, arch))
         what = f"{operator} {scheme} M <= {row.max_m or 'any'}"
         print(f"{what}: {before * 1e6:.1f} to {after * 1e6:.1f} us, {config}")
-        table[operator][scheme][index] = Row(row.max_m, config)
+        table[operator][scheme][index] = replace(row, config=config)
         _write(path, table)
 
 

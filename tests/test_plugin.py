@@ -316,7 +316,7 @@ class TestEnv:
         console.print(_configuration_table(arch))
         lines = console.export_text().splitlines()
         cells = [[cell.strip() for cell in line.split("│")] for line in lines]
-        found = {(row[1], row[4]) for row in cells if row[1:2] and "linear" in row[1]}
+        found = {(row[1], row[5]) for row in cells if row[1:2] and "linear" in row[1]}
         assert found >= {("linear_w4a4", products), ("linear_wna16", "16-bit float")}
         assert {row[1] for row in found if row[0] == "linear_w4a4"} == {products}
         assert "wider ones take int8" in lines[-1]

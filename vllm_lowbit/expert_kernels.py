@@ -13,7 +13,7 @@ from .kernels.gpu import weights as gpu_weights
 from .kernels.linear_experts.routing import Routing
 from .kernels.linear_w4a4.cpu import PackedWeight, pack
 from .kernels.linear_w4a4.generic import prepare
-from .linear_kernels import LinearSpec, quantized
+from .linear_kernels import LinearSpec, check_memory, quantized
 
 # What a packed weight of any backend is kept as.
 _PACKED = ("weight", "weight_scale", "weight_zero", "weight_sum")
@@ -166,6 +166,9 @@ class TritonExperts(ExpertsKernel):
         scale: torch.Tensor,
         zero_point: torch.Tensor | None,
     ) -> None:
+        zeros = zero_point is not None
+        check_memory(self.spec, codes.device, scale.shape[-1], zeros)
+
         def packed(expert: int) -> gpu_weights.GpuWeight:
             zero = None if zero_point is None else zero_point[expert]
             return gpu_weights.pack(

@@ -9,6 +9,9 @@ from torch.nn import Parameter
 
 from .kernels import ops as _ops  # noqa: F401 (registers torch.ops.lowbit)
 from .kernels.gpu import weights as gpu_weights
+from .kernels.gpu.configs import Weight
+from .kernels.gpu.limits import check_weight
+from .kernels.gpu.target import DEVICE_TYPES, architecture
 from .kernels.grid import IntGrid
 from .kernels.linear_w4a4.cpu import pack, unpack_rows
 from .kernels.linear_w4a4.generic import prepare
@@ -186,6 +189,7 @@ class TritonLinear:
         zero_point: torch.Tensor | None,
     ) -> None:
         bits = self.spec.weights.bits
+        check_memory(self.spec, codes.device, scale.shape[-1], zero_point is not None)
         _set(
             layer,
             gpu_weights.pack(codes, scale, zero_point, bits, widen=self.widen),
@@ -233,6 +237,26 @@ class TritonLinear:
         bits = gpu_weights.stored_bits(spec.weights.bits, self.widen)
         codes = gpu_weights.unpack(layer.weight[index], spec.k, bits, 0)
         return codes.float() * layer.weight_scale[0, index].unsqueeze(-1)
+
+
+def check_memory(
+    spec: LinearSpec, device: torch.device, groups: int, zeros: bool
+) -> None:
+    """Raise ValueError for a weight that a GPU's launch table has no tile for.
+
+    Args:
+        spec: of the linear.
+        device: of the weight; only GPUs are looked at.
+        groups: of each output.
+        zeros: whether it has zero points.
+    """
+    if device.type not in DEVICE_TYPES:
+        return
+    widen = spec.activations is not None
+    bits = gpu_weights.stored_bits(spec.weights.bits, widen)
+    size = gpu_weights.group_size_of(spec.k, groups)
+    operator = "linear_w4a4" if widen else "linear_wna16"
+    check_weight(architecture(device), operator, Weight(bits, size, zeros))
 
 
 KERNELS: dict[str, type[GenericLinear] | type[CpuLinear] | type[TritonLinear]] = {

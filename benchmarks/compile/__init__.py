@@ -4,6 +4,6 @@
 A module of cases has ``cases() -> Iterator[Case]`` and is listed in SOURCES.
 """
 
-from . import activations, kv4, linears
+from . import activations, kv4, linears, served
 
-SOURCES = (activations, linears, kv4)
+SOURCES = (activations, served, linears, kv4)

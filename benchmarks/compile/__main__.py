@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every committed kernel configuration for every chip, without a device.
+"""Compile the committed kernel configurations for every chip, without a device.
 
     python -m benchmarks.compile [--target sm_90] [--operator linear_w4a4] [--quick]
                                  [--check]
 
-Asks of each: no spills, shared memory within the chip's limit, the expected matrix
-instruction, and no more instructions than its ceiling in the main loop. Writes the
-sections of the operators in results/compile.json and results/compile.md, unless --check
-is given or chips or cases are left out; exits with 1 when a case does not meet its
-demands. All operators take about an hour on two cores.
+Asks of each: no spills, shared and tensor memory within the chip's limits and within
+what a launch takes it to need, the expected matrix instruction, and no more
+instructions than its ceiling in the main loop. Modules of cases say which are chosen.
+Writes the sections of the operators in results/compile.json and results/compile.md,
+unless --check is given or chips or cases are left out; exits with 1 when a case does
+not meet its demands. All operators take about two hours on a core.
 """
 
 import argparse
@@ -29,6 +30,29 @@ from .assembly import compile_case, faults
 from .case import TARGETS, Case
 
 RESULTS = Path(__file__).parents[1] / "results"
+HEADING = """\
+# Compiled code of the Triton kernels
+
+Every row of the tables of launch configurations, compiled without a device for a
+selection of what is served with it. No case may exceed the shared or tensor memory of
+its chip or what a launch takes it to need (kernels/gpu/limits.py), lack its matrix
+instruction, or spill. Matrix instructions and instruction counts are of the main loop
+(of the kernel where there is none), against the ceiling.
+
+* hadamard_quantize: rows of well-known models in one tile, symmetric and unscaled in
+  bfloat16; as served by default, asymmetric and with an input scale, in float16; so too
+  rows in blocks, in bfloat16.
+* Linears: all widths per channel and 4 bits in groups of 128, bfloat16, symmetric
+  weights, as many parts of split-K as the row has. Then with every option (float16,
+  zero points, bias, K ragged, one part): all widths per channel and in groups of 128,
+  4 bits in groups of 32, 64, 128 and 256, the last row all widths in all of them. sm_89
+  has the tables of sm_86, sm_103 the weight-only table of sm_100: there only 4 bits of
+  the former.
+* Experts: 4 bits at every row, other widths at the last.
+* Attention: four query heads a KV head, pages of 64 tokens; a window, a cap or pages of
+  16, one at a time, for the fewest and the most query rows.
+* Other combinations, groups above 256 and other page sizes have not been compiled.
+"""
 
 
 def main() -> None:
@@ -89,6 +113,7 @@ def _line(row: dict[str, Any]) -> str:
         row["name"],
         row.get("registers", ""),
         row.get("shared", ""),
+        row.get("tensor", ""),
         matrix or "none",
         f"{row.get('instructions', '')} / {row.get('ceiling') or 'any'}",
         "; ".join(row["faults"]) or "ok",
@@ -108,20 +133,14 @@ def _write(rows: list[dict[str, Any]]) -> None:
 
 
 def _report(sections: dict[str, Any]) -> Iterator[str]:
-    yield (
-        "# Compiled code of the Triton kernels\n\n"
-        "Every committed configuration, compiled without a device. No case may spill "
-        "or exceed\nthe shared memory of its chip; matrix instructions and instruction "
-        "counts are of the\nmain loop (of the kernel where there is none), against "
-        "the ceiling.\n"
-    )
+    yield HEADING
     for operator, section in sections.items():
         yield f"## {operator}\n"
         command = f"python -m benchmarks.compile --operator {operator}"
         yield f"`{command}`: {as_line(section['environment'])}\n"
         yield (
-            "| operator | chip | case | registers | shared | matrix instructions "
-            "| instructions / ceiling | |\n|---|---|---|---|---|---|---|---|"
+            "| operator | chip | case | registers | shared | tensor "
+            "| matrix instructions | instructions / ceiling | |\n" + "|---" * 9 + "|"
         )
         yield from map(_line, section["cases"])
         yield ""

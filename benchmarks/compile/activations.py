@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import torch
 import triton.language as tl
 
-from vllm_lowbit.kernels.gpu.target import lanes
 from vllm_lowbit.kernels.hadamard.triton import Tile, blocks_of, tile_of
 from vllm_lowbit.kernels.hadamard_quantize.triton import (
     BLOCKS_STAGES,
@@ -20,23 +19,24 @@ from vllm_lowbit.kernels.hadamard_quantize.triton_kernel import row_kernel, tile
 from .case import QUICK_TARGETS, TARGETS, Case
 
 # (n, order, stride): hidden and intermediate sizes of Llama 3 8B and 70B and Qwen3 8B,
-# blocks of 128, and 32 heads of 128.
+# and 32 heads of 128.
 ROWS = (
     (4096, 4096, 1),
     (8192, 8192, 1),
     (12288, 12288, 1),
     (14336, 14336, 1),
-    (28672, 128, 1),
     (4096, 32, 128),
 )
-# As down_proj is served: of one order in each of eight shards. Then all of a row, as
-# recipes have it, and the largest intermediate size of a supported model.
+# As down_proj is served: of one order in each of eight shards. Then blocks of 128 and
+# all of a row, as recipes have it, and the largest intermediate size of a supported
+# model.
 BLOCKS = (
     (12288, 1536, 1),
     (14336, 1792, 1),
     (18944, 2368, 1),
     (28672, 3584, 1),
     (29568, 3696, 1),
+    (28672, 128, 1),
     (14336, 14336, 1),
     (18944, 18944, 1),
     (28672, 28672, 1),
@@ -158,7 +158,7 @@ def _tile_case(
         },
         aligned=("x_stride",),
         options={
-            "num_warps": tile_warps(tile, lanes(target)),
+            "num_warps": tile_warps(tile),
             "enable_fp_fusion": False,
         },
         matrix=MATRIX,

@@ -13,16 +13,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .case import SHARED_LIMITS, Case
+from vllm_lowbit.kernels.gpu.limits import SHARED_LIMITS, TENSOR_LIMITS
+
+from .case import Case
+from .loops import GCN, SASS, Syntax, main_loop
 
 MATRIX = re.compile(r"MMA|v_mfma|v_wmma")
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
-_SASS_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
-_SASS_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _GCN = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)", re.M)
-_GCN_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
-_GCN_BRANCH = re.compile(r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Report:
         registers: of a thread (vector registers on AMD).
         spills: instructions that move registers to or from memory.
         shared: bytes of shared memory.
+        tensor: columns of tensor memory.
         matrix: matrix instructions by name: of the main loop, else of the kernel.
         instructions: of the main loop, else of the kernel.
         loop: whether there is a loop with a matrix instruction.
@@ -41,6 +41,7 @@ class Report:
     registers: int
     spills: int
     shared: int
+    tensor: int
     matrix: dict[str, int]
     instructions: int
     loop: bool
@@ -82,6 +83,13 @@ def faults(case: Case, report: Report) -> list[str]:
         found.append(f"{report.spills} spills")
     if report.shared > (limit := SHARED_LIMITS[case.target]):
         found.append(f"shared memory {report.shared} > {limit}")
+    if report.tensor > (limit := TENSOR_LIMITS.get(case.target, 0)):
+        found.append(f"tensor memory {report.tensor} > {limit}")
+    if case.need is not None:
+        for name in ("shared", "tensor"):
+            taken, known = getattr(report, name), getattr(case.need, name)
+            if taken > known:
+                found.append(f"{name} memory {taken} > {known} of gpu/limits.py")
     if case.matrix is not None:
         if not report.matrix:
             found.append(f"no matrix instruction, expected {case.matrix}")
@@ -110,9 +118,7 @@ def _nvidia(compiled: Any) -> Report:
         raise ValueError(f"cuobjdump names no resources: {resources}")
     names = _SASS.findall(sass)
     spills = sum(name.startswith(("STL", "LDL")) for name in names)
-    loop = _main_loop(sass, _SASS_LABEL, _SASS_BRANCH)
-    body = names if loop is None else _SASS.findall(loop)
-    return _report(int(match[1]), spills, compiled, body, loop is not None)
+    return _report(int(match[1]), spills, compiled, (sass, SASS, _SASS))
 
 
 def _amd(compiled: Any) -> Report:
@@ -120,39 +126,30 @@ def _amd(compiled: Any) -> Report:
     registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
     # The compiler's own count has scalar registers that go to lanes of vector ones.
     spills = len(re.findall(r"^\s+scratch_(?:load|store)", text, re.M))
-    code = text.partition("s_endpgm")[0]
-    loop = _main_loop(code, _GCN_LABEL, _GCN_BRANCH)
-    body = _GCN.findall(code if loop is None else loop)
-    return _report(registers, spills, compiled, body, loop is not None)
+    code = text.partition(".Lfunc_end")[0]
+    return _report(registers, spills, compiled, (code, GCN, _GCN))
 
 
 def _report(
-    registers: int, spills: int, compiled: Any, body: list[str], loop: bool
+    registers: int,
+    spills: int,
+    compiled: Any,
+    code: tuple[str, Syntax, re.Pattern[str]],
 ) -> Report:
+    """Code is its text, its language, and the names of instructions there."""
+    text, syntax, names = code
+    loop = main_loop(text, syntax, MATRIX)
+    body = names.findall(text if loop is None else loop)
     matrix = Counter(name for name in body if MATRIX.search(name))
     return Report(
-        registers, spills, compiled.metadata.shared, dict(matrix), len(body), loop
+        registers,
+        spills,
+        compiled.metadata.shared,
+        getattr(compiled.metadata, "tmem_size", 0),
+        dict(matrix),
+        len(body),
+        loop is not None,
     )
-
-
-def _main_loop(
-    text: str, label: re.Pattern[str], branch: re.Pattern[str]
-) -> str | None:
-    """The shortest backward branch around a matrix instruction."""
-    lines = text.splitlines()
-    labels: dict[str, int] = {}
-    best: list[str] | None = None
-    for index, line in enumerate(lines):
-        if match := label.match(line):
-            labels[match[1]] = index
-        match = branch.search(line)
-        if match and match[1] in labels:
-            body = lines[labels[match[1]] : index + 1]
-            if any(MATRIX.search(part) for part in body) and (
-                best is None or len(body) < len(best)
-            ):
-                best = body
-    return None if best is None else "\n".join(best)
 
 
 def _tool(name: str, *arguments: str) -> str:

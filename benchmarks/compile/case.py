@@ -4,19 +4,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-# Bytes of shared memory that one block may have (CUDA programming guide, table of
-# compute capabilities; LDS of the CDNA 3 and 4 instruction set manuals).
-SHARED_LIMITS = {
-    "sm_80": 166912,
-    "sm_86": 101376,
-    "sm_89": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "sm_103": 232448,
-    "sm_120": 101376,
-    "gfx942": 65536,
-    "gfx950": 163840,
-}
+from vllm_lowbit.kernels.gpu.limits import SHARED_LIMITS, Need
+
 TARGETS = tuple(SHARED_LIMITS)
 # One of each kind of matrix unit, for the cases that the tests always compile.
 QUICK_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -68,6 +57,8 @@ class Case:
             innermost loop that has any (in the whole kernel without one), or None.
         ceiling: most instructions of that loop (of the whole kernel without a loop);
             None for no limit.
+        need: what a launch takes the kernel to need of the chip's memories, None where
+            it does not ask; the compiler must not take more.
         quick: also compiled by the tests that always run.
     """
 
@@ -81,4 +72,5 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     matrix: str | None = None
     ceiling: int | None = None
+    need: Need | None = None
     quick: bool = False

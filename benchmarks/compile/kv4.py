@@ -8,6 +8,7 @@ loop times the threads, over the elements of K and V that it takes.
 from collections.abc import Iterator
 from typing import Any
 
+from vllm_lowbit.kernels.gpu.target import lanes
 from vllm_lowbit.kernels.kv4_attention.triton import ENCODE_ROWS, MERGE_AHEAD
 from vllm_lowbit.kernels.kv4_attention.triton_kernel import attend, merge
 from vllm_lowbit.kernels.kv4_attention.triton_plan import (
@@ -24,8 +25,11 @@ from vllm_lowbit.kernels.rope_kv4_store.triton_kernel import rope_store
 from .case import FLOAT_MATRIX, QUICK_TARGETS, TARGETS, Case
 
 GROUP, PAGE = 4, 64
-# Of a warp-wide instruction on NVIDIA's chips. Heads of 80 and 96 are padded to 128.
-PER_ELEMENT = {64: 5.0, 80: 6.3, 96: 5.3, 128: 4.0, 256: 2.7}
+# Instructions of a thread, of 32 or of 64. Heads of 80 and 96 are padded to 128.
+PER_ELEMENT = {
+    32: {64: 5.0, 80: 6.3, 96: 5.3, 128: 4.0, 256: 2.7},
+    64: {64: 8.3, 80: 15.5, 96: 11.0, 128: 8.0, 256: 5.0},
+}
 # Sixteen rows are too few for the matrix instructions of a warp group.
 HALF_MATRIX = r"HMMA\.16816\.F32|v_mfma_f32_\d+x\d+x\d+_f16"
 INTEGER_MATRIX = r"IMMA\.16832\.S8\.S8|v_mfma_i32_\d+x\d+x\d+_i8"
@@ -43,11 +47,8 @@ TYPES = {
 
 
 def cases() -> Iterator[Case]:
-    """All of them, for every target but sm_103, where three of 44 spill.
-
-    Up to eight registers: store and encode_queries of heads of 256, attend of 80.
-    """
-    for target in (target for target in TARGETS if target != "sm_103"):
+    """All of them, for every target."""
+    for target in TARGETS:
         for head_dim in HEAD_DIMS:
             yield _store(target, head_dim, "kv4_store", store, QUICK_TARGETS)
             # vLLM runs it on ROCm alone.
@@ -59,9 +60,9 @@ def cases() -> Iterator[Case]:
             for sinks in ({}, {"SINKS": True}):
                 yield _attend(target, head_dim, DECODE_ROWS, "fold", **sinks)
                 yield _attend(target, head_dim, most_rows(head_dim), "whole", **sinks)
-        for extra in ({"WINDOW": True}, {"CAP": True}, {"BLOCK_SIZE": 16}):
-            yield _attend(target, 128, DECODE_ROWS, "partial", **extra)
-            yield _attend(target, 128, most_rows(128), "whole", **extra)
+            for extra in ({"WINDOW": True}, {"CAP": True}, {"BLOCK_SIZE": 16}):
+                yield _attend(target, head_dim, DECODE_ROWS, "partial", **extra)
+                yield _attend(target, head_dim, most_rows(head_dim), "whole", **extra)
 
 
 def _halves(head_dim: int) -> dict[str, int]:
@@ -147,12 +148,15 @@ def _merge(target: str, head_dim: int, sinks: bool) -> Case:
 
 def _attend(target: str, head_dim: int, rows: int, mode: str, **extra: Any) -> Case:
     nvidia = target.startswith("sm_")
-    tile, quarter = tile_of(rows, head_dim, target, mode), head_dim // 4
+    window, page = extra.get("WINDOW", False), extra.get("BLOCK_SIZE", PAGE)
+    tile = tile_of(rows, head_dim, target, mode, window, page)
+    quarter = head_dim // 4
     decode = rows == DECODE_ROWS
     ceiling = None
-    if nvidia and decode and not extra:
-        elements = 2 * tile.tokens * head_dim / (32 * tile.warps)
-        ceiling = int(PER_ELEMENT[head_dim] * elements)
+    if decode and not extra:
+        threads = lanes(target)
+        elements = 2 * tile.tokens * head_dim / (threads * tile.warps)
+        ceiling = int(PER_ELEMENT[threads][head_dim] * elements)
     form = "".join(f" {name.lower().replace('_', ' ')}" for name in extra)
     return _case(
         "kv4_attention",

@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of the linears: every row of every chip's table, for 4-bit weights.
+"""Cases of the linears: every row of every chip's table.
 
-Other widths are compiled with the row for the fewest tokens. Chips with e4m3 products
-are compiled with them and without: what the table does not take, wider codes or the
-tuner may.
+A case is *plain* (bfloat16, symmetric weights, as many parts of split-K as the row has)
+or has *every option* (float16, zero points, bias, K ragged where groups let it be, one
+part). Rows are compiled for 4 bits plain, per channel and in groups of 128; for all
+stored widths per channel, plain and with every option; and with every option for 4 bits
+in groups of any size and any width in groups of 128, the last row for any width in
+groups of any size. Chips with e4m3 products are compiled with them and without, with
+every option where the table has them: what it does not take, wider codes or the tuner
+may.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton.language as tl
 
 from vllm_lowbit.kernels.gpu import configs
-from vllm_lowbit.kernels.gpu.target import E4M3_SUMS
+from vllm_lowbit.kernels.gpu.limits import need
+from vllm_lowbit.kernels.gpu.split import reduce_parts
+from vllm_lowbit.kernels.gpu.target import E4M3_SUMS, lanes
 from vllm_lowbit.kernels.gpu.weights import BLOCK, half_block
+from vllm_lowbit.kernels.linear_w4a4.triton import REDUCE_BLOCK
 from vllm_lowbit.kernels.linear_w4a4.triton_kernel import (
     linear_kernel as integer_kernel,
 )
@@ -30,6 +38,7 @@ from .case import (
     TARGETS,
     Case,
 )
+from .ceilings import ceiling
 
 INTEGER_TYPES = {
     "a_ptr": "*i8",
@@ -55,115 +64,181 @@ FLOAT_TYPES = {
 }
 # Least shared memory of NVIDIA's and of AMD's.
 FALLBACK_TARGETS = ("sm_86", "gfx942")
-# Most instructions of the main loop, by operator and scheme.
-CEILINGS = {
-    ("linear_w4a4", "channel"): 260,
-    ("linear_w4a4", "group"): 600,
-    ("linear_wna16", "channel"): 1000,
-    ("linear_wna16", "group"): 1400,
+WIDTHS = {"linear_w4a4": (4, 8), "linear_wna16": (2, 3, 4, 8)}
+GROUPS = (32, 64, 128, 256)
+# Chips with the table and the matrix units of another: plain cases of 4 bits only.
+LIKE = {
+    "linear_w4a4": {"sm_89": "sm_86"},
+    "linear_wna16": {"sm_89": "sm_86", "sm_103": "sm_100"},
 }
-# Of linear_w4a4 per channel, where operands become e4m3, and where int8 has no tensor
-# core that reads shared memory.
-E4M3_CEILING, SM_103_CEILING = 400, 500
+
+
+# Triton 3.9 needs so many times the instructions for int8 products there.
+SM_103 = 2.4
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """What a linear multiplies with.
+
+    Attributes:
+        bits: stored width.
+        group: columns of a group, 0 for one scale a channel.
+        full: with every option, see above.
+        e4m3: products of e4m3 numbers.
+    """
+
+    bits: int
+    group: int
+    full: bool = False
+    e4m3: bool = False
+
+    @property
+    def kind(self) -> configs.Weight:
+        return configs.Weight(self.bits, self.group, self.full)
+
+    @property
+    def scheme(self) -> str:
+        return self.kind.scheme
+
+    def __str__(self) -> str:
+        scale = f"group {self.group}" if self.group else "channel"
+        options = ", every option" if self.full else ""
+        return f"{self.bits} bits, {scale}{options}"
 
 
 def cases() -> Iterator[Case]:
-    """Rows of the tables of all targets, by scheme, and those of the fallback."""
+    """Rows of the tables of all targets, and those of the fallback."""
     for target in TARGETS:
-        for scheme in configs.SCHEMES:
-            if target in FALLBACK_TARGETS:
-                yield from _fallback_cases(target, scheme)
-            rows = configs.table(target)["linear_w4a4"][scheme]
-            yield _integer_case(target, scheme, rows[0], 8)
-            for row in rows:
-                yield from _products(target, scheme, row)
-            for row in configs.rows_for_experts(target, "linear_w4a4", scheme):
-                for case in _products(target, scheme, row):
-                    if row.config.e4m3 or not case.constants["E4M3"]:
-                        yield _of_experts(case)
-            rows = configs.table(target)["linear_wna16"][scheme]
-            for bits in (2, 3, 8):
-                yield _float_case(target, scheme, rows[0], bits)
-            for row in rows:
-                yield _float_case(target, scheme, row, 4)
-            for row in configs.rows_for_experts(target, "linear_wna16", scheme):
-                yield _of_experts(_float_case(target, scheme, row, 4))
+        for operator in WIDTHS:
+            for weight in _weights(operator):
+                if target in LIKE[operator] and (weight.bits != 4 or weight.full):
+                    continue
+                table = configs.table(target)[operator][weight.scheme]
+                for row in configs.rows_of(table, weight.kind):
+                    if _compiled(weight, row):
+                        yield from _products(operator, target, weight, row)
+                yield from _expert_cases(operator, target, weight)
+            for scheme in configs.SCHEMES:
+                if target in FALLBACK_TARGETS:
+                    yield from _fallback_cases(operator, target, scheme)
+                yield _reduce_case(operator, target, scheme)
 
 
-def _products(target: str, scheme: str, row: configs.Row) -> Iterator[Case]:
-    """Of 4-bit weights: int8, and e4m3 where the chip has it."""
-    yield _integer_case(target, scheme, row, 4)
-    if target in E4M3_SUMS:
-        yield _integer_case(target, scheme, row, 4, e4m3=True)
+def _weights(operator: str) -> Iterator[_Weight]:
+    for bits in WIDTHS[operator]:
+        yield _Weight(bits, 0)
+        yield _Weight(bits, 0, full=True)
+        yield from (_Weight(bits, group, full=True) for group in GROUPS)
+    yield _Weight(4, 128)
 
 
-def _of_experts(case: Case) -> Case:
-    """The same tile for the tokens of an expert; there is no split-K."""
-    return replace(
-        case,
-        operator="linear_experts",
-        name=f"{case.operator}, {case.name}",
-        types={**case.types, "out_ptr": "*bf16"},
-        constants={**case.constants, "EXPERTS": True, "PARTS": 1},
-        quick=case.quick and case.target == "sm_90",
+def _compiled(weight: _Weight, row: configs.Row) -> bool:
+    return (
+        not weight.full
+        or row.max_m is None
+        or weight.group in (0, 128)
+        or weight.bits == 4
     )
 
 
-def _fallback_cases(target: str, scheme: str) -> Iterator[Case]:
-    table = configs.table(configs.FALLBACK)
-    for make, operator in (
-        (_integer_case, "linear_w4a4"),
-        (_float_case, "linear_wna16"),
-    ):
-        for row in table[operator][scheme]:
-            case = make(target, scheme, row, 4)
+def _products(
+    operator: str, target: str, weight: _Weight, row: configs.Row
+) -> Iterator[Case]:
+    """As integers or 16-bit floats, and of 4 bits as e4m3 where the chip has it."""
+    if operator == "linear_wna16":
+        yield _float_case(target, weight, row)
+        return
+    yield _integer_case(target, weight, row)
+    # Not tabled, for the tuner: plain.
+    e4m3 = target in E4M3_SUMS and (row.config.e4m3 or not weight.full)
+    if weight.bits == 4 and e4m3:
+        yield _integer_case(target, replace(weight, e4m3=True), row)
+
+
+def _expert_cases(operator: str, target: str, weight: _Weight) -> Iterator[Case]:
+    """The same tiles for the tokens of an expert; there is no split-K and no bias.
+
+    Every row for 4 bits plain, the last for other widths.
+    """
+    if weight.group not in (0, 128) or (weight.bits == 4 and weight.full):
+        return
+    table = configs.rows_for_experts(target, operator, weight.scheme)
+    for row in configs.rows_of(table, weight.kind):
+        if weight.bits != 4 and row.max_m is not None:
+            continue
+        for case in _products(operator, target, weight, row):
+            if row.config.e4m3 or not case.constants.get("E4M3"):
+                yield replace(
+                    case,
+                    operator="linear_experts",
+                    name=f"{operator}, {case.name}",
+                    types={**case.types, "out_ptr": "*bf16"},
+                    constants={
+                        **case.constants,
+                        "EXPERTS": True,
+                        "PARTS": 1,
+                        "BIAS": False,
+                    },
+                    quick=case.quick and target == "sm_90",
+                )
+
+
+def _fallback_cases(operator: str, target: str, scheme: str) -> Iterator[Case]:
+    table = configs.table(configs.FALLBACK)[operator][scheme]
+    group = 128 if scheme == "group" else 0
+    for bits in WIDTHS[operator]:
+        weight = _Weight(bits, group, full=bits != 4)
+        make = _float_case if operator == "linear_wna16" else _integer_case
+        for row in configs.rows_of(table, weight.kind):
+            case = make(target, weight, row)
             yield replace(case, name=f"fallback, {case.name}", quick=False)
 
 
-def _integer_case(
-    target: str, scheme: str, row: configs.Row, bits: int, e4m3: bool = False
-) -> Case:
+def _integer_case(target: str, weight: _Weight, row: configs.Row) -> Case:
+    e4m3 = weight.e4m3
     case = _case(
         "linear_w4a4",
         integer_kernel,
-        (target, scheme, row, bits),
+        (target, weight, row),
         INTEGER_TYPES,
         tl.int32,
         {
-            "NIBBLES": bits == 4,
+            "NIBBLES": weight.bits == 4,
             "ZERO": True,
-            "WEIGHT_ZERO": False,
+            "WEIGHT_ZERO": weight.full,
             "PTX": target.startswith("sm_"),
             "E4M3": e4m3,
             "IMPRECISE": E4M3_SUMS[target] if e4m3 else None,
         },
         {"enable_fp_fusion": False},
     )
-    if scheme == "channel" and (e4m3 or target == "sm_103"):
-        case = replace(case, ceiling=E4M3_CEILING if e4m3 else SM_103_CEILING)
+    if target == "sm_103" and not e4m3:
+        assert case.ceiling is not None
+        case = replace(case, ceiling=int(SM_103 * case.ceiling))
     if e4m3:
         fewest = row.max_m is not None and row.max_m <= 16
         case = replace(
             case,
             name=f"{case.name}, e4m3",
-            matrix=E4M3_MATRIX[target],
-            quick=fewest and scheme == "channel",
+            quick=fewest and not weight.full and weight.group == 0,
         )
     return case
 
 
-def _float_case(target: str, scheme: str, row: configs.Row, bits: int) -> Case:
+def _float_case(target: str, weight: _Weight, row: configs.Row) -> Case:
+    bits = weight.bits
     return _case(
         "linear_wna16",
         float_kernel,
-        (target, scheme, row, bits),
+        (target, weight, row),
         {**FLOAT_TYPES, "w_ptr": "*i8" if bits == 8 else "*u8"},
         tl.float32,
         {
             "BITS": bits,
-            "HALF": half_block(BLOCK, bits),
-            "ZERO": scheme == "group",
-            "DOT": tl.bfloat16,
+            "HALF": half_block(weight.group or BLOCK, bits),
+            "ZERO": weight.full,
+            "DOT": tl.float16 if weight.full else tl.bfloat16,
         },
         {},
     )
@@ -172,30 +247,44 @@ def _float_case(target: str, scheme: str, row: configs.Row, bits: int) -> Case:
 def _case(
     operator: str,
     kernel: Any,
-    what: tuple[str, str, configs.Row, int],
+    what: tuple[str, _Weight, configs.Row],
     types: dict[str, str],
     sums: tl.dtype,
     constants: dict[str, Any],
     options: dict[str, Any],
 ) -> Case:
-    """A linear as launched for a row of a table, groups of 128 in scheme group."""
-    target, scheme, row, bits = what
-    config, channel = row.config, scheme == "channel"
-    partial = "*i32" if channel and sums == tl.int32 else "*fp32"
-    matrix = INTEGER_MATRIX if sums == tl.int32 else FLOAT_MATRIX
+    """A linear as launched for a row of a table."""
+    target, weight, row = what
+    config, full = row.config, weight.full
+    parts = 1 if full else config.split_k
+    half = "*fp16" if full else "*bf16"
+    partial = "*i32" if weight.group == 0 and sums == tl.int32 else "*fp32"
+    matrix = (
+        E4M3_MATRIX
+        if weight.e4m3
+        else INTEGER_MATRIX
+        if sums == tl.int32
+        else FLOAT_MATRIX
+    )[target]
     first_or_last = row.max_m is None or row.max_m <= 16
+    # A block of 3 bits may hold two groups of 128.
+    block = 256 if operator == "linear_wna16" and weight.bits == 3 else 128
+    halves = {"x_ptr": half, "bias_ptr": half}
     return Case(
         operator=operator,
-        name=f"{bits} bits, {scheme}, M <= {row.max_m or 'any'}: {config.block_m}"
-        f" x {config.block_n}, {config.warps} warps, {config.stages} stages",
+        name=f"{weight}, M <= {row.max_m or 'any'}: {config.block_m} x "
+        f"{config.block_n}, {config.warps} warps, {config.stages} stages",
         kernel=kernel,
         target=target,
-        types={**types, "out_ptr": "*bf16" if config.split_k == 1 else partial},
+        types={
+            **{k: halves.get(k, v) for k, v in types.items()},
+            "out_ptr": half if parts == 1 else partial,
+        },
         constants={
-            "GROUP": 0 if channel else 128,
-            "BIAS": False,
-            "EVEN_K": True,
-            "PARTS": config.split_k,
+            "GROUP": weight.group,
+            "BIAS": full,
+            "EVEN_K": not full or (weight.group > 0 and weight.group % block == 0),
+            "PARTS": parts,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "SWAP": config.swap,
@@ -203,12 +292,53 @@ def _case(
             **constants,
         },
         aligned=("N", "K", "row_bytes"),
-        options={
-            "num_warps": config.warps,
-            "num_stages": config.stages,
-            **options,
+        options={**config.options(), **options},
+        matrix=matrix,
+        ceiling=ceiling(
+            operator,
+            matrix,
+            weight.kind,
+            config,
+            lanes(target) * config.warps,
+            weight.e4m3,
+        ),
+        need=need(target, operator, weight.kind, config),
+        quick=weight.bits == 4
+        and weight.group in (0, 128)
+        and not full
+        and first_or_last
+        and target in QUICK_TARGETS,
+    )
+
+
+def _reduce_case(operator: str, target: str, scheme: str) -> Case:
+    """The sum of split-K's parts, as many as a table's row may have."""
+    integer, channel = operator == "linear_w4a4", scheme == "channel"
+    pointers = {
+        name: INTEGER_TYPES[name]
+        for name in ("token_ptr", "zero_ptr", "scale_ptr", "sum_ptr", "bias_ptr")
+    }
+    return Case(
+        operator=operator,
+        name=f"{scheme}, sum of 16 parts",
+        kernel=reduce_parts,
+        target=target,
+        types={
+            **pointers,
+            "part_ptr": "*i32" if integer and channel else "*fp32",
+            "out_ptr": "*bf16",
+            "M": "i32",
+            "N": "i32",
         },
-        matrix=matrix[target],
-        ceiling=CEILINGS[operator, scheme],
-        quick=bits == 4 and first_or_last and target in QUICK_TARGETS,
+        constants={
+            "PARTS": 16,
+            "INTEGER": integer and channel,
+            "CHANNEL": channel,
+            "TOKEN": integer,
+            "ZERO": integer and channel,
+            "BIAS": True,
+            "BLOCK": REDUCE_BLOCK,
+        },
+        aligned=("N",),
+        options={"enable_fp_fusion": False} if integer else {},
     )

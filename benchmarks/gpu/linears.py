@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from vllm_lowbit.kernels.gpu.configs import LinearConfig, choose
+from vllm_lowbit.kernels.gpu.configs import LinearConfig, Weight, choose
 from vllm_lowbit.kernels.gpu.target import E4M3_SUMS, INTERPRETED, architecture
 from vllm_lowbit.kernels.gpu.weights import GpuWeight, pack
 from vllm_lowbit.kernels.hadamard_quantize.triton import hadamard_quantize
@@ -46,8 +46,8 @@ def checks(device: torch.device) -> Iterator[Check]:
 
 def _with_product(device: torch.device, m: int, group: int, e4m3: bool) -> LinearConfig:
     """The table's configuration, but for how codes are multiplied."""
-    scheme = "group" if group else "channel"
-    tabled = choose(architecture(device), "linear_w4a4", scheme, m)
+    weight = Weight(4, group, zeros=False)
+    tabled = choose(architecture(device), "linear_w4a4", weight, m)
     return replace(tabled, e4m3=e4m3)
 
 

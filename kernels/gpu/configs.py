@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations of the linears: one JSON table per chip, in ``configs/``.
 
-``{operator: {scheme: [rows]}}`` with the rows in ascending ``max_m``; the first whose
-``max_m`` is not below the number of tokens is taken, the last has none. Schemes are
-``channel`` and ``group`` (one scale, or several, along the input). A chip without a
-table takes ``other.json``, which fits every chip.
+``{operator: {scheme: [rows]}}``: the first row that is for the weight and the number of
+tokens is taken; the last is for any. Schemes are ``channel`` and ``group`` (one scale,
+or several, along the input). A chip without a table takes ``other.json``, which fits
+every chip.
 """
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TABLES = Path(__file__).parent / "configs"
 FALLBACK = "other"
@@ -34,6 +34,8 @@ class LinearConfig:
         e4m3: multiply codes of 4 bits as e4m3 numbers, to the same result
             (linear_w4a4, on chips of ``target.E4M3_SUMS``). Wider codes that take a
             table's row are multiplied as int8.
+        registers: most of a thread on NVIDIA's chips. None leaves it to ptxas, which
+            spills a few where that makes room for one more block.
     """
 
     block_m: int
@@ -43,14 +45,57 @@ class LinearConfig:
     swap: bool
     split_k: int = 1
     e4m3: bool = False
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Of the launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+
+class Weight(NamedTuple):
+    """What a configuration depends on of a weight.
+
+    Attributes:
+        bits: stored width.
+        group_size: columns of a group, 0 for one scale a channel.
+        zeros: whether it has zero points.
+    """
+
+    bits: int
+    group_size: int
+    zeros: bool
+
+    @property
+    def scheme(self) -> str:
+        return "group" if self.group_size else "channel"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration and the most tokens it is for, None for any number."""
+    """A configuration and what it is for.
+
+    Attributes:
+        max_m: most tokens, None for any number.
+        config: of the launch.
+        bits: stored widths of the weight, None for all.
+        groups: sizes of the weight's groups, None for any.
+        zeros: whether the weight has zero points, None for either.
+    """
 
     max_m: int | None
     config: LinearConfig
+    bits: tuple[int, ...] | None = None
+    groups: tuple[int, ...] | None = None
+    zeros: bool | None = None
+
+    def takes(self, weight: Weight) -> bool:
+        """Whether it is for a weight, with some number of tokens."""
+        return (
+            (self.bits is None or weight.bits in self.bits)
+            and (self.groups is None or weight.group_size in self.groups)
+            and self.zeros in (None, weight.zeros)
+        )
 
 
 def architectures() -> tuple[str, ...]:
@@ -77,13 +122,27 @@ def read(path: Path) -> dict[str, dict[str, tuple[Row, ...]]]:
     }
 
 
-def choose(arch: str, operator: str, scheme: str, m: int) -> LinearConfig:
-    """The configuration for m tokens."""
-    return _chosen(table(arch)[operator][scheme], m)
+def choose(
+    arch: str, operator: str, weight: Weight, m: int, experts: int = 0
+) -> LinearConfig:
+    """The configuration for m rows.
 
-
-def _chosen(rows: tuple[Row, ...], m: int) -> LinearConfig:
-    return next(row.config for row in rows if row.max_m is None or m <= row.max_m)
+    Args:
+        arch: of the chip.
+        operator: ``linear_w4a4`` or ``linear_wna16``.
+        weight: that they are multiplied with.
+        m: tokens, or with experts pairs of a token and one of its experts.
+        experts: that pairs go to, taken to be as many for each; 0 for one weight.
+    """
+    if experts:
+        rows, m = rows_for_experts(arch, operator, weight.scheme), -(-m // experts)
+    else:
+        rows = table(arch)[operator][weight.scheme]
+    return next(
+        row.config
+        for row in rows_of(rows, weight)
+        if row.max_m is None or m <= row.max_m
+    )
 
 
 def rows_for_experts(arch: str, operator: str, scheme: str) -> tuple[Row, ...]:
@@ -97,9 +156,19 @@ def rows_for_experts(arch: str, operator: str, scheme: str) -> tuple[Row, ...]:
     return own or table(arch)[operator][scheme]
 
 
-def choose_for_experts(arch: str, operator: str, scheme: str, m: int) -> LinearConfig:
-    """The configuration for m tokens of each of many experts."""
-    return _chosen(rows_for_experts(arch, operator, scheme), m)
+def rows_of(rows: tuple[Row, ...], weight: Weight) -> tuple[Row, ...]:
+    """Those that some number of tokens takes with a weight."""
+    taken: list[Row] = []
+    most = 0
+    for row in rows:
+        if not row.takes(weight):
+            continue
+        if row.max_m is None:
+            return (*taken, row)
+        if row.max_m > most:
+            taken.append(row)
+            most = row.max_m
+    return tuple(taken)
 
 
 def parts(config: LinearConfig, m: int, n: int, steps: int, processors: int) -> int:
@@ -119,4 +188,18 @@ def parts(config: LinearConfig, m: int, n: int, steps: int, processors: int) -> 
 
 def _row(entry: dict[str, Any]) -> Row:
     entry = dict(entry)
-    return Row(entry.pop("max_m"), LinearConfig(**entry))
+    for name in ("bits", "groups"):
+        if name in entry:
+            entry[name] = tuple(entry[name])
+    own = {f.name: entry.pop(f.name) for f in fields(Row) if f.name in entry}
+    return Row(config=LinearConfig(**entry), **own)
+
+
+def entry(row: Row) -> dict[str, Any]:
+    """A row as it is in a table's file."""
+    conditions = {"bits": row.bits, "groups": row.groups, "zeros": row.zeros}
+    return {
+        "max_m": row.max_m,
+        **{k: v for k, v in conditions.items() if v is not None},
+        **asdict(row.config),
+    }

@@ -29,12 +29,11 @@ TABLE_BLOCK = 64
 # Elements of the tiles of a row that registers hold until all are known.
 LARGEST_KEPT = 1 << 14
 LARGEST_KEPT_WIDE = 1 << 15
-# Elements of a tile that is transformed on one side, and on both: more would spill
-# registers on chips whose matrix units take operands from registers alone.
-LARGEST_TILE = 1 << 15
+# Elements of a tile, fewer where it is transformed on both sides on chips whose matrix
+# units take operands from registers alone: more would spill.
+LARGEST_TILE = 1 << 14
 LARGEST_TWO_SIDED = 1 << 13
 WIDE = {"sm_90", "sm_100", "sm_103", "gfx942", "gfx950", "interpreter"}
-LARGEST_TWO_SIDED_WIDE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,8 @@ def tile_of(
         left_order = order // columns
     rows = n // columns
     padded = _padded(rows), _padded(columns)
-    largest = LARGEST_TILE
-    if left_order > 1 and right_order > 1:
-        largest = LARGEST_TWO_SIDED_WIDE if arch in WIDE else LARGEST_TWO_SIDED
+    two_sided = left_order > 1 and right_order > 1
+    largest = LARGEST_TWO_SIDED if two_sided and arch not in WIDE else LARGEST_TILE
     if padded[0] * padded[1] > largest:
         return None
     if padded[1] > DIRECT or (left_order > 1 and padded[0] > DIRECT):

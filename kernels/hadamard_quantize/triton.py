@@ -2,7 +2,7 @@
 """Online transform and quantization of activations on a GPU, in one kernel.
 
 Rows that fit a tile (see ``hadamard/triton.py``: by chip 8192 or 16384 elements with a
-transform across them, 32768 with blocks up to 128) are read once and written as codes.
+transform across them, 16384 with blocks up to 128) are read once and written as codes.
 Others, and rows of several larger blocks, are taken in tiles (``triton_blocks.py``):
 read once too, by chip up to 16384 or 32768 elements with padding, else twice.
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..gpu.checks import FLOATS, check_optional, check_tensor
-from ..gpu.target import architecture, lanes
+from ..gpu.target import architecture
 from ..grid import IntGrid
 from ..hadamard.reference import check_blocks
 from ..hadamard.triton import DOT, Blocks, Tile, blocks_of, scaling, tile_of
@@ -174,8 +174,7 @@ class _Call:
         arch = architecture(device)
         tile = tile_of(n, self.order, self.stride, self.transpose, device, arch)
         if tile is not None:
-            warps = tile_warps(tile, lanes(arch))
-            self._tile(tile, warps, operands, epsilon, result)
+            self._tile(tile, operands, epsilon, result)
             return result
         blocks = blocks_of(n, self.order, self.stride, self.transpose, device, arch)
         self._blocks(blocks, operands, epsilon, result)
@@ -217,7 +216,6 @@ class _Call:
     def _tile(
         self,
         tile: Tile,
-        warps: int,
         operands: _Operands,
         epsilon: float,
         result: _Result,
@@ -250,7 +248,7 @@ class _Call:
             RIGHT=tile.right is not None,
             PARTS=_PARTS[x.dtype] if exact else 3,
             DOT=DOT,
-            num_warps=warps,
+            num_warps=tile_warps(tile),
             **self._constants(input_scale),
         )
 
@@ -287,12 +285,9 @@ class _Call:
         )
 
 
-def tile_warps(tile: Tile, lanes: int) -> int:
-    """Warps of so many lanes for a tile: at most 64 elements a lane."""
-    size = tile.padded[0] * tile.padded[1]
-    if size <= 4096:
-        return 4
-    return 8 if size <= 16384 or lanes == 64 else 16
+def tile_warps(tile: Tile) -> int:
+    """Warps for a tile: at most 64 elements a lane."""
+    return 4 if tile.padded[0] * tile.padded[1] <= 4096 else 8
 
 
 def blocks_warps(blocks: Blocks) -> int:

@@ -179,6 +179,8 @@ def kv4_attention_out(
         room,
         PROGRAMS_PER_PROCESSOR * processors(query.device),
         arch,
+        sliding_window is not None,
+        block_size,
     )
     parts = _carve(workspace, query, chosen)
     # 16 bits of each element of the output hold its query until it is written.

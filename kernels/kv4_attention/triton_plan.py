@@ -8,6 +8,8 @@ from .splits import split_count
 
 # Rows (tokens times heads of a group) of one tile.
 DECODE_ROWS = 16
+# Cached tokens of a turn of a decode, on NVIDIA's chips.
+TILE = 64
 
 
 def most_rows(head_dim: int) -> int:
@@ -43,7 +45,9 @@ class Tile:
         return options
 
 
-def tile_of(rows: int, head_dim: int, arch: str, mode: str) -> Tile:
+def tile_of(
+    rows: int, head_dim: int, arch: str, mode: str, window: bool, block_size: int
+) -> Tile:
     """The configuration for so many query rows; offline compilation chose it.
 
     Triton gives the warps of a product the columns of 16 rows, but the rows where there
@@ -57,15 +61,16 @@ def tile_of(rows: int, head_dim: int, arch: str, mode: str) -> Tile:
         or arch == "sm_120"
         or (head_dim == 64 and rows == DECODE_ROWS)
         or (padded and (mode == "fold" or rows > DECODE_ROWS))
+        or (head_dim != 128 and (window or block_size < TILE))
     )
     registers = 255 if crowded and arch.startswith("sm_") else None
     if rows > DECODE_ROWS:
         return Tile(rows, 32, rows // 16, 2, False, registers)
     if head_dim == 64:
-        return Tile(rows, 32 if amd else 64, 1, 2 if amd else 3, False, registers)
+        return Tile(rows, 32 if amd else TILE, 1, 2 if amd else 3, False, registers)
     if amd:
         return Tile(rows, 32, 2, 2, False, registers)
-    return Tile(rows, 64, 4, 3, True, registers)
+    return Tile(rows, TILE, 4, 3, True, registers)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def plan(
     split_rows: int,
     programs: int,
     arch: str,
+    window: bool,
+    block_size: int,
 ) -> Plan:
     """Choose tiles and grid.
 
@@ -108,6 +115,8 @@ def plan(
         max_seq_len: most tokens that a row of the block table can name.
         split_rows: most tokens whose splits have room in the workspace.
         programs: that fill the device.
+        window: whether rows see a part of their context only.
+        block_size: tokens of a page.
     """
     wanted = -(-tokens // num_seqs) * group
     rows = min(most_rows(head_dim), max(DECODE_ROWS, next_power_of_two(wanted)))
@@ -122,7 +131,7 @@ def plan(
         mode = "partial"
         over = min(max_splits, max(1, -(-programs // (blocks * kv_heads))))
     return Plan(
-        tile_of(rows, head_dim, arch, mode),
+        tile_of(rows, head_dim, arch, mode, window, block_size),
         block_q,
         short,
         mode,

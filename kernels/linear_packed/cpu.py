@@ -5,6 +5,7 @@ At one token a call of an operator costs as much as the arithmetic of a small la
 transform, quantization and product are one.
 """
 
+import functools
 from ctypes import byref
 
 import torch
@@ -16,6 +17,14 @@ from ..hadamard.cpu import arguments as transform_arguments
 from ..hadamard.reference import check_blocks
 from ..linear_w4a4.cpu import PackedWeight, arguments_of
 from ..linear_wna16.cpu import DIGIT_MAX
+
+
+@functools.lru_cache(maxsize=256)
+def _code_max(bits: int, symmetric: bool, clip_ratio: float) -> int:
+    """Bound on the integers that a weight is multiplied with."""
+    if bits == 16:
+        return DIGIT_MAX
+    return IntGrid(bits, symmetric, clip_ratio=clip_ratio).max_difference
 
 
 def linear_packed(
@@ -56,11 +65,7 @@ def linear_packed(
     """
     m, k = matrix_shape(x, "x")
     check_blocks(k, order, stride)
-    code_max = DIGIT_MAX
-    if activation_bits != 16:
-        code_max = IntGrid(
-            activation_bits, symmetric, clip_ratio=clip_ratio
-        ).max_difference
+    code_max = _code_max(activation_bits, symmetric, clip_ratio)
     packed = PackedWeight(weight, weight_scale, weight_zero, weight_sum)
     arguments = arguments_of(packed, n, k, weight_bits, code_max)
     if not x.is_contiguous():

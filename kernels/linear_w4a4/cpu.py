@@ -177,6 +177,47 @@ def arguments_of(
     Raises:
         ValueError: for tensors of another form, or sums that might not fit int32.
     """
+    kept = getattr(weight.weight, _KEPT, None)
+    if kept is not None and kept.is_for(weight, (n, k, bits, code_max)):
+        return kept.arguments
+    arguments = _checked(weight, n, k, bits, code_max)
+    others = weight[1:]
+    setattr(weight.weight, _KEPT, _Kept(others, (n, k, bits, code_max), arguments))
+    return arguments
+
+
+# Attribute of the fields of a weight.
+_KEPT = "_lowbit_arguments"
+
+
+class _Kept(NamedTuple):
+    """What was checked of a weight: at one token that costs as much as a small layer.
+
+    The other tensors are held, so none can be freed and its address taken by another.
+    """
+
+    others: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+    numbers: tuple[int, int, int, int]
+    arguments: WeightArguments
+
+    def is_for(self, weight: PackedWeight, numbers: tuple[int, int, int, int]) -> bool:
+        """Whether these are the same tensors, where they were, and numbers."""
+        (scale, zero, total), arguments = self.others, self.arguments
+        return (
+            weight.scale is scale
+            and weight.zero is zero
+            and weight.sum is total
+            and numbers == self.numbers
+            and weight.weight.data_ptr() == arguments.fields
+            and scale.data_ptr() == arguments.scale
+            and total.data_ptr() == arguments.sum
+            and (zero is None or zero.data_ptr() == arguments.zero)
+        )
+
+
+def _checked(
+    weight: PackedWeight, n: int, k: int, bits: int, code_max: int
+) -> WeightArguments:
     groups, _ = matrix_shape(weight.scale, "weight_scale")
     shape = (groups, n + -n % 16)
     fields = (packed_bytes(n, k, groups, bits),)

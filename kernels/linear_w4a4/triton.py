@@ -16,7 +16,8 @@ import torch
 import triton
 
 from ..gpu.checks import FLOATS, check_optional, check_out_dtype, check_tensor
-from ..gpu.configs import LinearConfig, choose, choose_for_experts, parts
+from ..gpu.configs import LinearConfig, Weight, choose, parts
+from ..gpu.limits import check_fits
 from ..gpu.split import reduce_parts
 from ..gpu.target import E4M3_SUMS, architecture, inline_ptx, processors
 from ..gpu.tiles import Sent, row_tiles
@@ -126,18 +127,6 @@ def _largest(bits: int, zero: torch.Tensor | None) -> int:
     return 1 << bits - 1 if zero is None else (1 << bits) - 1
 
 
-def _tabled(
-    arch: str, scheme: str, m: int, sent: Sent | None, narrow: bool
-) -> LinearConfig:
-    """The table's configuration; only narrow codes are multiplied as e4m3."""
-    if sent is None:
-        config = choose(arch, "linear_w4a4", scheme, m)
-    else:
-        each = -(-m // sent.experts)
-        config = choose_for_experts(arch, "linear_w4a4", scheme, each)
-    return replace(config, e4m3=False) if config.e4m3 and not narrow else config
-
-
 def _check_e4m3(arch: str, activation_bits: int, weight_bits: int) -> None:
     """Raise ValueError unless e4m3 holds the codes and is known to add them exactly."""
     if arch not in E4M3_SUMS:
@@ -173,7 +162,8 @@ def launch(
         sent: of the tokens, to experts; None for one weight.
 
     Raises:
-        ValueError: for a config that does not fit the codes or the chip.
+        ValueError: for a config that does not fit the codes, or that the chip has no
+            memory or no units for.
     """
     (m, n), k = out.shape, codes.shape[1]
     scale, zero_point = tokens
@@ -181,12 +171,16 @@ def launch(
     groups = weight.scale.shape[-2]
     group_size = group_size_of(k, groups)
     nibbles = weight.weight.dtype == torch.uint8
+    bits = 4 if nibbles else 8
+    kind = Weight(bits, group_size, weight.zero is not None)
+    experts = 0 if sent is None else sent.experts
     if config is None:
-        scheme = "channel" if group_size == 0 else "group"
-        narrow = nibbles and activation_bits <= 4
-        config = _tabled(arch, scheme, m, sent, narrow)
+        config = choose(arch, "linear_w4a4", kind, m, experts)
+        if bits > 4 or activation_bits > 4:
+            config = replace(config, e4m3=False)
     if config.e4m3:
-        _check_e4m3(arch, activation_bits, 4 if nibbles else 8)
+        _check_e4m3(arch, activation_bits, bits)
+    check_fits(arch, "linear_w4a4", kind, config)
     step = group_size * (2 if nibbles else 1) if group_size in (32, 64) else 128
     steps = padded(k, 4) // step
     turns = steps // max(1, group_size // step)
@@ -221,10 +215,10 @@ def launch(
         weight.weight.shape[-1],
         steps,
         groups,
-        0 if sent is None else sent.experts,
+        experts,
         GROUP=group_size,
         NIBBLES=nibbles,
-        WEIGHT_ZERO=weight.zero is not None,
+        WEIGHT_ZERO=kind.zeros,
         EVEN_K=k % 128 == 0,
         PARTS=split,
         BLOCK_M=config.block_m,
@@ -234,8 +228,7 @@ def launch(
         EXPERTS=sent is not None,
         E4M3=config.e4m3,
         IMPRECISE=E4M3_SUMS[arch] if config.e4m3 else None,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
         # Product and sum are rounded apart, as in the reference.
         enable_fp_fusion=False,
         **flags,

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from ..gpu.checks import FLOATS, check_optional, check_out_dtype, check_tensor
-from ..gpu.configs import LinearConfig, choose, choose_for_experts, parts
+from ..gpu.configs import LinearConfig, Weight, choose, parts
+from ..gpu.limits import check_fits
 from ..gpu.split import reduce_parts
 from ..gpu.target import INTERPRETED, architecture, processors
 from ..gpu.tiles import Sent, row_tiles
@@ -77,13 +78,6 @@ def linear_wna16(
     return out
 
 
-def _config(arch: str, scheme: str, m: int, sent: Sent | None) -> LinearConfig:
-    if sent is None:
-        return choose(arch, "linear_wna16", scheme, m)
-    each = -(-m // sent.experts)
-    return choose_for_experts(arch, "linear_wna16", scheme, each)
-
-
 def launch(
     x: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
@@ -106,14 +100,20 @@ def launch(
         out: ``[rows, n]``, not empty.
         config: None takes that of the chip's table.
         sent: of the tokens, to experts; None for one weight.
+
+    Raises:
+        ValueError: for a config that is not of this operator, or that the chip has no
+            memory for.
     """
     weight, scale, zero = weights
     (m, n), k = out.shape, x.shape[1]
+    arch, kind = architecture(x.device), Weight(bits, group_size, zero is not None)
+    experts = 0 if sent is None else sent.experts
     if config is None:
-        scheme = "channel" if group_size == 0 else "group"
-        config = _config(architecture(x.device), scheme, m, sent)
+        config = choose(arch, "linear_wna16", kind, m, experts)
     if config.e4m3:
         raise ValueError("config.e4m3 is of linear_w4a4, got it for linear_wna16")
+    check_fits(arch, "linear_wna16", kind, config)
     half = half_block(group_size or BLOCK, bits)
     block = half * (8 if bits == 3 else 8 // bits)
     turns = padded(k, bits) // max(block, group_size)
@@ -141,7 +141,7 @@ def launch(
         weight.shape[-1],
         turns,
         scale.shape[-2],
-        0 if sent is None else sent.experts,
+        experts,
         GROUP=group_size,
         BITS=bits,
         HALF=half,
@@ -154,8 +154,7 @@ def launch(
         SWAP=config.swap,
         DOT=DOT[x.dtype],
         EXPERTS=sent is not None,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
     if split > 1:
         reduce_parts[(m, triton.cdiv(n, REDUCE_BLOCK))](

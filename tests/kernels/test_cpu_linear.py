@@ -347,3 +347,34 @@ def test_rows_of_an_8_bit_weight(isa: str, n: int, k: int) -> None:
         assert rows.dtype == torch.int8
         assert torch.equal(rows, weight.codes[index])
     assert cpu.unpack_rows(fields, index[:0], n, k, 8).shape == (0, k)
+
+
+def test_another_weight_is_seen() -> None:
+    """What was checked of a weight is kept: its scale may change, move, or be wrong."""
+    codes = torch.randint(-8, 8, (16, 24), dtype=torch.int8)
+    packed = pack(codes, torch.rand(16, 1) + 0.5, None, 4)
+    x, ones = torch.randint(-4, 5, (2, 24)).float(), torch.ones(2, 1)
+    zeros = torch.zeros(2, 1, dtype=torch.int32)
+
+    def run(weight: PackedWeight, n: int = 16, code_max: int = 8) -> torch.Tensor:
+        return cpu.linear_w4a4(
+            x.to(torch.int8), ones, zeros, weight, n, 4, None, torch.float32, code_max
+        )
+
+    sums = x @ codes.float().t()
+    for _ in range(2):
+        assert torch.equal(run(packed), sums * packed.scale)
+    other = packed._replace(scale=packed.scale * 2)
+    assert torch.equal(run(other), sums * other.scale)
+    other.scale.mul_(2)
+    assert torch.equal(run(other), sums * other.scale)
+    other.scale.data = other.scale * 2
+    assert torch.equal(run(other), sums * other.scale)
+    for wrong, n, code_max, what in (
+        (other, 32, 8, "weight must be"),
+        (other, 16, 1 << 28, "int32"),
+        (packed._replace(scale=packed.scale.double()), 16, 8, "weight_scale must be"),
+        (packed._replace(sum=packed.sum[:, :8]), 16, 8, "weight_sum must be"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            run(wrong, n, code_max)

@@ -3,11 +3,15 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from ..kernels.gpu.configs import Row
 
 
 def env() -> None:
@@ -60,8 +64,8 @@ def _configuration_table(arch: str) -> Table:
 
     source = arch if arch in configs.architectures() else "fallback"
     table = Table(
-        *("operator", "scales", "tokens", "products", "tile", "warps", "stages"),
-        *("swap", "split K"),
+        *("operator", "scales", "weights", "tokens", "products", "tile", "warps"),
+        *("stages", "swap", "split K"),
         title=f"GPU configurations for {arch} ({source})",
         caption="e4m3 products are of 4-bit codes; wider ones take int8",
     )
@@ -73,9 +77,22 @@ def _configuration_table(arch: str) -> Table:
                 integer = "e4m3" if c.e4m3 else "int8"
                 products = integer if operator.endswith("w4a4") else "16-bit float"
                 tile = f"{c.block_m} x {c.block_n}"
-                cells = tokens, products, tile, c.warps, c.stages, c.swap, c.split_k
-                table.add_row(operator, scheme, *map(str, cells))
+                cells = c.warps, c.stages, c.swap, c.split_k
+                what = operator, scheme, _weights(row), tokens, products, tile
+                table.add_row(*what, *map(str, cells))
     return table
+
+
+def _weights(row: "Row") -> str:
+    """What a row is for, of its scales."""
+    parts = []
+    if row.bits:
+        parts.append(f"{', '.join(map(str, row.bits))} bits")
+    if row.groups:
+        parts.append(f"groups of {', '.join(map(str, row.groups))}")
+    if row.zeros is not None:
+        parts.append("with zero points" if row.zeros else "symmetric")
+    return "; ".join(parts) or "any"
 
 
 def _version(distribution: str) -> str:

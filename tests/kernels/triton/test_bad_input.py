@@ -13,6 +13,7 @@ from vllm_lowbit.kernels.gpu.weights import pack
 from vllm_lowbit.kernels.hadamard_quantize import triton as quantize
 from vllm_lowbit.kernels.linear_w4a4 import triton as integer
 from vllm_lowbit.kernels.linear_w4a4.triton import MAX_K, linear_w4a4
+from vllm_lowbit.kernels.linear_wna16 import triton as weight_only
 from vllm_lowbit.kernels.linear_wna16.triton import linear_wna16
 
 M, N, K = 3, 8, 128
@@ -182,6 +183,55 @@ def test_wider_codes_of_a_table_with_e4m3(monkeypatch: pytest.MonkeyPatch) -> No
     for bits in (4, 5, 8):
         linear_w4a4(**{**integer_arguments(), "activation_bits": bits})
     assert taken == [True, False, False]
+
+
+# Chip, operator, stored bits, groups, tile and what it is refused for, a bound of what
+# the compiler takes (155,648 and 73,728 bytes and 576 columns of the first three).
+TOO_LARGE = [
+    ("sm_86", weight_only, 3, 1, (128, 128, 8, 3), "155648 bytes of shared memory"),
+    ("gfx942", weight_only, 3, 1, (128, 128, 8, 2), "77824 bytes of shared memory"),
+    ("sm_100", weight_only, 3, 4, (128, 128, 8, 3), "columns of tensor memory"),
+    ("sm_120", integer, 4, 1, (256, 256, 8, 4), "147456 bytes of shared memory"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "module", "bits", "groups", "tile", "message"), TOO_LARGE
+)
+def test_tile_beyond_a_chips_memory(
+    arch: str,
+    module: Any,
+    bits: int,
+    groups: int,
+    tile: tuple[int, int, int, int],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is refused before anything is compiled or launched; one that fits is not."""
+    launched: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *arguments, **options: launched.append(options["BLOCK_M"])
+
+    monkeypatch.setattr(module, "architecture", lambda device: arch)
+    monkeypatch.setattr(module, "linear_kernel", Kernel())
+    k = 256
+    codes = torch.zeros(N, k, dtype=torch.int8)
+    weight = pack(codes, torch.ones(N, groups), None, bits, widen=module is integer)
+    if module is integer:
+        operator, arguments = linear_w4a4, integer_arguments()
+        given = {"codes": torch.zeros(M, k, dtype=torch.int8), "weight_sum": weight.sum}
+    else:
+        operator, arguments = linear_wna16, float_arguments()
+        given = {"x": torch.zeros(M, k, dtype=torch.bfloat16), "weight_bits": bits}
+    given |= {"weight": weight.weight, "weight_scale": weight.scale}
+    large = LinearConfig(*tile, True)
+    text = refused(operator, arguments, **given, config=large)
+    assert message in text and f"{arch} has " in text
+    assert f"{large}" in text and launched == []
+    operator(**{**arguments, **given, "config": None})
+    assert launched
 
 
 @pytest.mark.parametrize(

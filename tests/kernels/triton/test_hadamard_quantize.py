@@ -125,6 +125,7 @@ BLOCKS = [
     pytest.param(2 * 924, 924, 1, marks=pytest.mark.slow),
     (5 * 640, 640, 1),
     (3 * 256 * 33, 256, 33),
+    (129 * 128, 128, 1),
     (36864, 4608, 1),
 ]
 
@@ -194,7 +195,8 @@ def test_what_stays_in_registers(arch: str, n: int, kept: bool) -> None:
 def test_tiles_that_chips_hold(arch: str, n: int) -> None:
     assert tile_of(n, n, 1, False, CPU, arch) is not None
     assert tile_of(2 * n, 2 * n, 1, False, CPU, arch) is None
-    assert tile_of(32768, 128, 1, False, CPU, arch) is not None
+    assert tile_of(16384, 128, 1, False, CPU, arch) is not None
+    assert tile_of(16512, 128, 1, False, CPU, arch) is None
 
 
 @pytest.mark.parametrize(

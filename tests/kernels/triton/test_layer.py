@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lowbit import load_time
+from vllm_lowbit import linear_kernels, load_time
+from vllm_lowbit.expert_kernels import TritonExperts
 from vllm_lowbit.kernels.grid import IntGrid
 from vllm_lowbit.kernels.implementations import IMPLEMENTATIONS
 from vllm_lowbit.linear_kernels import GenericLinear, LinearSpec, TritonLinear
@@ -66,6 +67,25 @@ def test_a_vocabulary_inside_a_rotation(dtype: torch.dtype) -> None:
     expected = x @ (codes.float() * scale).t()
     assert out.dtype == dtype
     assert (out.float() - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_a_weight_that_a_chip_has_no_memory_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is refused while it loads, not by the first batch of some size."""
+    k, grid = 2048, IntGrid(4)
+    spec, layer = LinearSpec(8, k, grid), torch.nn.Module()
+    codes, scale = torch.zeros(8, k, dtype=torch.int8), torch.ones(8, 2)
+    TritonLinear(spec).keep(layer, codes, scale, None)
+    monkeypatch.setattr(linear_kernels, "architecture", lambda device: "sm_86")
+    for keep in (
+        TritonLinear(spec).keep,
+        lambda *weight: TritonExperts(spec, "up").keep(
+            weight[0], weight[1][None], weight[2][None], None
+        ),
+    ):
+        with pytest.raises(ValueError, match="groups of 1024 and .* sm_86 has 101376"):
+            keep(torch.nn.Module(), codes, scale, None)
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
