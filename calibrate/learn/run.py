@@ -156,7 +156,7 @@ class Learner:
             if not bool(torch.isfinite(grad).all()):
                 raise CalibrationError(
                     f"learning, step {step + 1}: the gradient of {name} holds an Inf "
-                    "or NaN; lower learn.rotation_lr or learn.scale_lr"
+                    f"or NaN; lower {self._rates()}"
                 )
             leaf.grad = grad
         for optimizer in self.optimizers:
@@ -172,8 +172,17 @@ class Learner:
         where = "" if layer is None else f", first in the output of {layer}"
         return (
             f"learning, step {step + 1}: the loss is {value}{where}; lower "
-            "learn.rotation_lr or learn.scale_lr"
+            f"{self._rates()}"
         )
+
+    def _rates(self) -> str:
+        """Keys of the learning rates that have an effect."""
+        kinds = {
+            "rotation_lr": self.parameters.rotations,
+            "scale_lr": self.leaves.keys() & self.parameters.log_scales,
+            "clip_lr": self.parameters.clips,
+        }
+        return " or ".join(f"learn.{key}" for key, found in kinds.items() if found)
 
     def _state(self) -> State:
         tensors = self.leaves | self.task.model.clip_ratios

@@ -267,11 +267,23 @@ class TestRefused:
         message = "transforms.residual learned: tie_word_embeddings is true"
         self._refuse(UnsupportedError, message, tied, tmp_path / "out", _recipe())
 
+    @pytest.mark.parametrize(
+        ("transforms", "rates"),
+        [
+            (
+                {"residual": "learned", "scales": "learned"},
+                "learn.rotation_lr or learn.scale_lr or learn.clip_lr",
+            ),
+            ({}, "learn.clip_lr"),
+        ],
+    )
     def test_numbers_that_are_not_finite(
         self,
         tiny_model: Callable[..., Path],
         rewrite: Callable[..., Path],
         tmp_path: Path,
+        transforms: dict[str, str],
+        rates: str,
     ) -> None:
         huge = tiny_model(tmp_path / "huge", tokenizer=True, dtype="float32")
 
@@ -280,10 +292,11 @@ class TestRefused:
             tensors["model.layers.1.mlp.down_proj.weight"] *= 1e38
 
         rewrite(huge, enlarge)
-        recipe = Recipe.model_validate(
-            RECIPE | {"transforms": {"residual": "learned", "scales": "learned"}}
+        recipe = Recipe.model_validate(RECIPE | {"transforms": transforms})
+        message = (
+            r"step 1: the loss is nan, first in the output of model\.layers\.1; "
+            f"lower {rates}$"
         )
-        message = r"step 1: the loss is nan, first in the output of model\.layers\.1"
         self._refuse(CalibrationError, message, huge, tmp_path / "out", recipe)
         assert [path.name for path in tmp_path.iterdir()] == ["huge"]
 
