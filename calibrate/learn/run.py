@@ -117,7 +117,6 @@ class Learner:
         state = self.snapshot.load(self.origin)
         if state is not None:
             self._restore(state)
-        self._report(steps)
         try:
             self._learn(steps)
         except CalibrationError:
@@ -129,6 +128,7 @@ class Learner:
     def _learn(self, steps: int) -> None:
         saved = time.monotonic()
         with deferred_interrupt() as interrupted:
+            self._report(steps)
             for step in range(len(self.curve), steps):
                 self.curve.append((step + 1, self._step(step, steps)))
                 self._report(steps)
@@ -137,7 +137,9 @@ class Learner:
                     self.snapshot.save(self._state(), self.origin)
                     saved = time.monotonic()
                 if interrupted:
-                    raise KeyboardInterrupt
+                    break
+            if interrupted:
+                raise KeyboardInterrupt
 
     def _report(self, steps: int) -> None:
         what = f"learning, loss {self.curve[-1][1]:.5f}" if self.curve else "learning"
