@@ -254,6 +254,12 @@ def test_arms_run() -> None:
     assert int(result.stdout) == 21
 
 
+def test_fewer_processes_than_none() -> None:
+    result = python("-m", "benchmarks.gpu", "--out", "unused", "--workers", "-1")
+    assert result.returncode == 2
+    assert "argument --workers: at least 0, got -1" in result.stderr
+
+
 def test_no_gpu() -> None:
     import torch
 
