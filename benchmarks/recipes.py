@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error(f"argument --workers: at least 1, got {arguments.workers}")
     if arguments.cell:
         print(json.dumps(_measure(json.loads(arguments.cell))))
         return
@@ -72,7 +74,7 @@ def _run_all(cells: list[Cell], workers: int) -> list[Cell]:
     cores = sorted(os.sched_getaffinity(0))
     shares: queue.Queue[list[int]] = queue.Queue()
     for worker in range(workers):
-        shares.put(cores[worker::workers])
+        shares.put(cores[worker::workers] or cores)
 
     with ThreadPoolExecutor(workers) as pool, Progress() as bar:
         task = bar.add_task("cells", total=len(cells))

@@ -26,6 +26,8 @@ _DIGITS = 4
 _SEARCHED = tuple(step / 40 for step in range(30, 41))
 # Of the calibration inputs, about so many decide.
 SEARCH_TOKENS = 8192
+# Of them at a time: all outputs of a large MLP take more memory than its weights.
+_ROWS = 512
 
 
 def ratio_of(raw: torch.Tensor) -> torch.Tensor:
@@ -52,12 +54,16 @@ def search_ratio(
     Returns:
         of equally good ratios the largest.
     """
-    x = torch.cat([part.flatten(0, -2) for part in inputs])
-    stacked = torch.cat(list(weights))
+    rows = [few for part in inputs for few in part.flatten(0, -2).split(_ROWS)]
 
     def error(ratio: float) -> float:
-        difference = fake_quantize(x, grid, ratio) - x
-        return float(functional.linear(difference, stacked).double().square().sum())
+        total = 0.0
+        for x in rows:
+            difference = fake_quantize(x, grid, ratio) - x
+            for weight in weights:
+                out = functional.linear(difference, weight)
+                total += float(out.double().square().sum())
+        return total
 
     errors = {ratio: error(ratio) for ratio in reversed(_SEARCHED)}
     return min(errors, key=lambda ratio: errors[ratio])

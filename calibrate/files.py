@@ -3,12 +3,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 
 
 @contextmanager
@@ -56,7 +56,16 @@ def read_text(path: Path, characters: int) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file anew, as a whole: whoever reads it finds the old or the new one."""
+    """Write a file anew, as a whole: whoever reads it finds the old or the new one.
+
+    Raises:
+        OutputError: when it cannot be written; the old one stays.
+    """
     staging = path.with_name(f".{path.name}.new")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, path)
+    except OSError as error:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None

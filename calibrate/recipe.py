@@ -154,15 +154,16 @@ class Recipe(StrictModel):
         known: list[Any] = [info.data.get(name) for name in _DECIDE_LEARNING]
         if None in known:  # wrong itself
             return learn
-        _, transforms, _, activations = known
+        transforms = known[1]
         if not _learns(*known):
             raise ValueError(
                 "has no effect without a transform that is learned, remove it or set "
                 "transforms.residual, value or scales to learned, or activations.clip "
                 "for quantized inputs and any method but omniquant"
             )
+        clips = _learns_clips(known[0], *known[2:])
         unused = sorted(
-            Learn.without_effect(transforms, activations.clip) & learn.model_fields_set
+            Learn.without_effect(transforms, clips) & learn.model_fields_set
         )
         if unused:
             whats = {"scale_lr": "scale", "clip_lr": "clip ratio"}
@@ -177,6 +178,11 @@ class Recipe(StrictModel):
     def learns(self) -> bool:
         """Whether any transform or clip ratio is learned end to end."""
         return _learns(*(getattr(self, name) for name in _DECIDE_LEARNING))
+
+    @property
+    def learns_clips(self) -> bool:
+        """Whether clip ratios are among that; method omniquant learns its own."""
+        return _learns_clips(self.scheme, self.weights, self.activations)
 
     @property
     def clip(self) -> Clip:
@@ -216,11 +222,15 @@ class Recipe(StrictModel):
     ) -> Self:
         """This recipe with what is not None replaced.
 
+        Keys go that have no effect any more, such as ``learn.clip_lr`` with inputs of
+        16 bits.
+
         Raises:
             ConfigError: naming the key, for a value it cannot have.
         """
-        data = self._mapping()
-        top = {"scheme": scheme, "seed": seed, "vocab_bits": vocab_bits}
+        chosen = self if scheme is None else self.model_copy(update={"scheme": scheme})
+        data = chosen._mapping()
+        top = {"seed": seed, "vocab_bits": vocab_bits}
         data |= {key: value for key, value in top.items() if value is not None}
         sizes = {"samples": samples, "seq_len": seq_len}
         data["data"] |= {
@@ -255,7 +265,7 @@ class Recipe(StrictModel):
     def _mapping(self) -> dict[str, Any]:
         data = self.model_dump()
         if self.learns:
-            learn = self.learn.mapping(self.transforms, self.activations.clip)
+            learn = self.learn.mapping(self.transforms, self.learns_clips)
             data["learn"] = learn
         else:
             del data["learn"]
@@ -286,12 +296,17 @@ def _learns(
     scheme: str, transforms: Transforms, weights: WeightMethod, grid: ActivationGrid
 ) -> bool:
     """Whether anything is learned end to end."""
-    clips = (
+    trained = transforms.rotations_are_learned or transforms.scales_are_learned
+    return trained or _learns_clips(scheme, weights, grid)
+
+
+def _learns_clips(scheme: str, weights: WeightMethod, grid: ActivationGrid) -> bool:
+    """Whether clip ratios are learned end to end."""
+    return (
         grid.clip == "learned"
         and weights.method != "omniquant"
         and scheme_from_name(scheme).activations.bits != 16
     )
-    return clips or transforms.rotations_are_learned or transforms.scales_are_learned
 
 
 def built_in_recipes() -> tuple[str, ...]:

@@ -106,8 +106,8 @@ class Learn(StrictModel):
             raise ValueError("has an effect with quantize_weights true only, remove it")
         return value
 
-    def mapping(self, transforms: Transforms, clip: Clip) -> dict[str, Any]:
-        """Every key that has an effect with transforms and ``activations.clip``."""
+    def mapping(self, transforms: Transforms, clips: bool) -> dict[str, Any]:
+        """Every key that has an effect; arguments as of :meth:`without_effect`."""
         data = self.model_dump()
         unused: set[str] = set()
         if self.loss != "kl_top":
@@ -117,18 +117,23 @@ class Learn(StrictModel):
         return {
             key: value
             for key, value in data.items()
-            if key not in unused | self.without_effect(transforms, clip)
+            if key not in unused | self.without_effect(transforms, clips)
         }
 
     @staticmethod
-    def without_effect(transforms: Transforms, clip: Clip) -> set[str]:
-        """Keys that mean nothing with these transforms and ``activations.clip``."""
+    def without_effect(transforms: Transforms, clips: bool) -> set[str]:
+        """Keys that mean nothing with these transforms.
+
+        Args:
+            transforms: of the recipe.
+            clips: whether clip ratios are learned as well.
+        """
         keys: set[str] = set()
         if not transforms.rotations_are_learned:
             keys |= {"start", "optimizer", "rotation_lr"}
         if not transforms.scales_are_learned:
             keys.add("scale_lr")
-        if clip != "learned":
+        if not clips:
             keys.add("clip_lr")
         return keys
 

@@ -59,8 +59,8 @@ def calibration_windows(
     if windows < samples:
         raise ConfigError(
             f"{text}: has {len(ids)} tokens, {samples} windows of {seq_len} need "
-            f"{needed}; it holds {windows}: lower --samples or --seq-len, or use a "
-            "longer text"
+            f"{needed}; it holds {windows}: use fewer or shorter samples, or a longer "
+            "text"
         )
 
     def rank(index: int) -> bytes:

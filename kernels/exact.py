@@ -73,23 +73,3 @@ def fixed_point(
     exponent = (exponent - fraction_bits).clamp_(min=-1022)
     unit = torch.ldexp(torch.ones_like(high), exponent)
     return (x / unit).round_(), unit
-
-
-def order_free_matmul(
-    x: torch.Tensor, b: torch.Tensor, fraction_bits: int
-) -> torch.Tensor:
-    """``x @ b`` for float x and fixed-point b, to about float64's own precision.
-
-    x is split into two fixed-point parts, each multiplied exactly.
-
-    Args:
-        x: ``[..., m, k]`` float.
-        b: ``[..., k, n]`` float64, multiples of one power of two.
-        fraction_bits: of each part; with the bits of b and log2 k at most 53.
-
-    Returns:
-        float64 ``[..., m, n]``. An Inf or NaN in a row of x turns it to NaN.
-    """
-    high, unit = fixed_point(x, fraction_bits)
-    low = (x.double() / unit - high).mul_(1 << fraction_bits).round_()
-    return (high @ b + (low @ b) / (1 << fraction_bits)) * unit

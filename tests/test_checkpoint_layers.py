@@ -20,6 +20,7 @@ from vllm_lowbit.schema import (
     Weights,
     scheme_from_name,
 )
+from vllm_lowbit.supported_models import ARCHITECTURES
 
 pytest.importorskip("vllm")
 
@@ -207,6 +208,32 @@ class TestLinear:
             parts.append(cut(tensors, 0, rank))
         layer.quant_method.process_weights_after_loading(layer)
         assert_kept(layer, *stacked(parts))
+
+    @pytest.mark.parametrize("scheme", ["w4a4", "w2a16-g64"])
+    def test_shard_of_the_heads_where_files_stack_them(
+        self, scheme: str, rank: int, quant: Any, assert_kept: Any
+    ) -> None:
+        """GPT-2's q, k and v, of each of which a rank has its half."""
+        from vllm.model_executor.layers.linear import QKVParallelLinear
+
+        config = quant(scheme)
+        config._names = ARCHITECTURES["GPT2LMHeadModel"].names
+        layer = QKVParallelLinear(
+            HIDDEN,
+            64,
+            4,
+            quant_config=config,
+            prefix="transformer.h.0.attn.c_attn",
+            params_dtype=torch.float32,
+        )
+        parts = [quantized(256, HIDDEN, config.scheme.weights) for _ in "qkv"]
+        whole = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+        bias = torch.arange(768.0)
+        load(layer, whole | {"bias": bias})
+        layer.quant_method.process_weights_after_loading(layer)
+        assert_kept(layer, *stacked([cut(part, 0, rank) for part in parts]))
+        halves = [part.chunk(2)[rank] for part in bias.chunk(3)]
+        assert torch.equal(layer.bias, torch.cat(halves))
 
     def test_shard_that_cuts_packed_words(self, rank: int, quant: Any) -> None:
         with pytest.raises(UnsupportedError) as error:

@@ -50,12 +50,6 @@ def describe_machine(threads: int) -> dict[str, str]:
     }
 
 
-def l3_bytes() -> int:
-    """Size of the last-level cache as the machine states it, 0 when it does not."""
-    text = _cache(3)
-    return int(text.removesuffix("K")) * 1024 if text.endswith("K") else 0
-
-
 def _cpu_info() -> dict[str, str]:
     pairs = {}
     for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():

@@ -19,11 +19,6 @@ def cells(options: Options) -> list[str]:
     return cells + [f"throughput: {arm}" for arm in (*STOCK, OURS)]
 
 
-def arm_of(cell: str) -> str:
-    """Name of the arm of a cell."""
-    return cell.partition(": ")[2]
-
-
 def measure(cell: str, options: Options) -> dict[str, Any]:
     """One cell, see ``engine`` and ``commands``."""
     kind, _, name = cell.partition(": ")

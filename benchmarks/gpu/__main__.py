@@ -49,6 +49,8 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores)
     options = parser.parse_args()
+    if options.workers < 0:
+        parser.error(f"argument --workers: at least 0, got {options.workers}")
     interpreted = jobs.DEVICE.type == "cpu"
     if not interpreted and not torch.cuda.is_available():
         sys.exit("error: torch sees no GPU; TRITON_INTERPRET=1 runs the checks without")

@@ -12,7 +12,7 @@ class Layer:
 
     Attributes:
         n, k: rows and columns of the weight.
-        order, stride: of the transform (see ``vllm_lowbit/architecture.py``).
+        order, stride: of the transform (see ``vllm_lowbit/placement.py``).
         scaled: whether the input is multiplied by a scale first.
     """
 

@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -62,7 +63,9 @@ def run(jobs: Sequence[Job], number: int, ends: float) -> Iterator[Done]:
             for worker in workers:
                 if worker.index is None and waiting:
                     worker.index = waiting.popleft()
-                    worker.connection.send(jobs[worker.index])
+                    # One that has died is found where its answer is read.
+                    with suppress(OSError):
+                        worker.connection.send(jobs[worker.index])
             busy = {w.connection: w for w in workers if w.index is not None}
             ready = wait(list(busy), max(0.0, ends - time.monotonic()))
             for connection in ready:
@@ -89,7 +92,7 @@ def _result(worker: _Worker) -> tuple[Done, bool]:
     index, worker.index = worker.index, None
     try:
         value, fault = worker.connection.recv()
-    except EOFError:
+    except (EOFError, OSError):
         worker.process.join()
         fault = f"the process ended with {worker.process.exitcode}"
         return Done(index, None, fault), False

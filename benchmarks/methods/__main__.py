@@ -27,7 +27,10 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error(f"argument --workers: at least 1, got {arguments.workers}")
     # Imports that take seconds come after --help.
     from .cells import all_cells, select
     from .store import Store

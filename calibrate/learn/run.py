@@ -117,7 +117,6 @@ class Learner:
         state = self.snapshot.load(self.origin)
         if state is not None:
             self._restore(state)
-        self._report(steps)
         try:
             self._learn(steps)
         except CalibrationError:
@@ -129,6 +128,7 @@ class Learner:
     def _learn(self, steps: int) -> None:
         saved = time.monotonic()
         with deferred_interrupt() as interrupted:
+            self._report(steps)
             for step in range(len(self.curve), steps):
                 self.curve.append((step + 1, self._step(step, steps)))
                 self._report(steps)
@@ -137,7 +137,9 @@ class Learner:
                     self.snapshot.save(self._state(), self.origin)
                     saved = time.monotonic()
                 if interrupted:
-                    raise KeyboardInterrupt
+                    break
+            if interrupted:
+                raise KeyboardInterrupt
 
     def _report(self, steps: int) -> None:
         what = f"learning, loss {self.curve[-1][1]:.5f}" if self.curve else "learning"
@@ -156,7 +158,7 @@ class Learner:
             if not bool(torch.isfinite(grad).all()):
                 raise CalibrationError(
                     f"learning, step {step + 1}: the gradient of {name} holds an Inf "
-                    "or NaN; lower learn.rotation_lr or learn.scale_lr"
+                    f"or NaN; lower {self._rates()}"
                 )
             leaf.grad = grad
         for optimizer in self.optimizers:
@@ -172,8 +174,17 @@ class Learner:
         where = "" if layer is None else f", first in the output of {layer}"
         return (
             f"learning, step {step + 1}: the loss is {value}{where}; lower "
-            "learn.rotation_lr or learn.scale_lr"
+            f"{self._rates()}"
         )
+
+    def _rates(self) -> str:
+        """Keys of the learning rates that have an effect."""
+        kinds = {
+            "rotation_lr": self.parameters.rotations,
+            "scale_lr": self.leaves.keys() & self.parameters.log_scales,
+            "clip_lr": self.parameters.clips,
+        }
+        return " or ".join(f"learn.{key}" for key, found in kinds.items() if found)
 
     def _state(self) -> State:
         tensors = self.leaves | self.task.model.clip_ratios

@@ -47,7 +47,7 @@ def start(
     rotations = {name: t.to(device) for name, t in rotations.items()}
     log_scales = {name: t.to(device) for name, t in log_scales.items()}
     clips: Tensors = {}
-    if recipe.clip == "learned":
+    if recipe.learns_clips:
         ratio = recipe.activations.clip_ratio
         for stage in stages_of(shape):
             raw = torch.full((shape.num_layers,), ratio, dtype=torch.float64)

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...lowbit_checkpoint import expected_tensors
 from ..choices import read_tasks, tokenize_tasks
 from ..estimate import Estimator, Speed, available_memory, readable_size
 from ..evaluate import text_windows
 from ..pipeline import configure, held_out_windows, open_scratch
+from ..plan import served_shape
 from ..recipe import Recipe, load_recipe
 from ..scoring import Target
 from ..source import Source
 from ..text import calibration_windows
-from ..writer import COMPANIONS
+from ..writer import COMPANIONS, largest_bytes
 from .one import Evaluation
 from .store import FLOAT
 
@@ -58,11 +60,13 @@ class Run:
         name: ``RECIPE-SCHEME-seedN``, or ``float``.
         recipe: None for the float model.
         made_from: as in :class:`.store.Record`.
+        output: bytes of the checkpoint's tensors, at most.
     """
 
     name: str
     recipe: Recipe | None
     made_from: dict[str, str]
+    output: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,8 @@ class Plan:
         Raises:
             ConfigError: naming what is needed, what is there, and how many would fit.
         """
-        recipes = [run.recipe for run in waiting if run.recipe is not None]
-        needs = sorted(map(self._memory, recipes), reverse=True)[:workers]
+        calibrations = [run for run in waiting if run.recipe is not None]
+        needs = sorted(map(self.memory_of, calibrations), reverse=True)[:workers]
         there = available_memory()
         if sum(needs) <= there:
             return
@@ -108,10 +112,12 @@ class Plan:
             f"available; {help_}"
         )
 
-    def _memory(self, recipe: Recipe) -> int:
-        shape, samples = self.source.shape, recipe.data.samples
+    def memory_of(self, run: Run) -> int:
+        """Bytes that a calibration takes."""
+        assert run.recipe is not None
+        shape, samples = self.source.shape, run.recipe.data.samples
         windows = samples + held_out_windows(samples)
-        estimator = Estimator(shape, recipe.sized(shape), windows, 0)
+        estimator = Estimator(shape, run.recipe.sized(shape), windows, run.output)
         return estimator.estimate(_ANY_SPEED, self.scratch is not None).memory
 
 
@@ -126,19 +132,22 @@ def make_plan(settings: Settings) -> Plan:
     if evaluation.data is None and not evaluation.tasks:
         raise ConfigError("pass --data, --tasks or both")
     source = Source.open(settings.model)
-    for recipe in recipes:
-        configure(source, recipe.sized(source.shape), settings.model)
+    configs = [
+        configure(source, r.sized(source.shape), settings.model) for r in recipes
+    ]
     if settings.scratch is not None:
         open_scratch(settings.scratch, "cpu")
     measured_on = _measured_on(Target.open(str(source.directory)), evaluation)
     _check_text(source, recipes, settings.text)
     of_model, of_text = _of_model(source), _sha256([settings.text])
     runs = [Run(FLOAT, None, {"model": of_model})]
-    for recipe in recipes:
+    for recipe, config in zip(recipes, configs, strict=True):
         name = f"{recipe.name}-{recipe.scheme}-seed{recipe.seed}"
         sized = recipe.sized(source.shape).sha256()
         made_from = {"model": of_model, "recipe": sized, "text": of_text}
-        runs.append(Run(name, recipe, made_from))
+        specs = expected_tensors(served_shape(source.shape, config), config)
+        output = sum(map(largest_bytes, specs.values()))
+        runs.append(Run(name, recipe, made_from, output))
     is_local = Path(settings.model).is_dir()
     tasks = tuple(str(Path(path).absolute()) for path in evaluation.tasks)
     data = evaluation.data and str(Path(evaluation.data).absolute())

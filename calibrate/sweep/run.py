@@ -98,7 +98,7 @@ class Sweep:
             ConfigError: before anything is started, for a directory that holds
                 something else or has another sweep at work, too little memory, or a
                 cluster that is not there.
-            OSError: when a file cannot be written; ends all runs.
+            OutputError: when a file cannot be written; ends all runs.
         """
         left = self._open()
         if self.where.ray is None:
@@ -185,13 +185,14 @@ class Sweep:
         """Have a record of a run before it starts: it says what is made there."""
         recipe, before = run.recipe, self.store.runs.get(run.name)
         kept = before if self._is_made(run) else None
+        learning = kept if snapshot_path(self._checkpoint(run)).exists() else None
         self.store.runs[run.name] = Record(
             recipe=None if recipe is None else recipe.name,
             scheme=FLOAT if recipe is None else recipe.scheme,
             seed=None if recipe is None else recipe.seed,
             made_from=run.made_from,
             # Learning goes on only where sums are taken in the same order.
-            threads=self.where.threads if kept is None else kept.threads,
+            threads=self.where.threads if learning is None else learning.threads,
             calibration_seconds=None if kept is None else kept.calibration_seconds,
         )
 

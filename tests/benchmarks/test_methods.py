@@ -230,6 +230,17 @@ class TestStore:
         assert kept[0]["error"].startswith("exit code 1\n")
         assert "no cell is named" in kept[0]["error"]
 
+    def test_no_workers(
+        self,
+        methods: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr("sys.argv", ["methods", "--workers", "0"])
+        with pytest.raises(SystemExit):
+            methods("__main__").main()
+        assert "argument --workers: at least 1, got 0" in capsys.readouterr().err
+
     def test_on_a_cluster(self, methods: Any, tmp_path: Path) -> None:
         """Each cell in a process of its own on a node, its words and record here."""
         pytest.importorskip("ray", reason="extra `ray`")

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clip ratios of inputs: found by search, kept in bounds, put into the config."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_lowbit.calibrate.clips import (
     ratio_of,
@@ -56,6 +59,26 @@ def test_outputs_decide_and_not_inputs() -> None:
 def test_of_equally_good_ratios_the_largest() -> None:
     zeros = torch.zeros(2, 8)
     assert search_ratio([zeros], [torch.ones(3, 8)], IntGrid(4, False)) == 1
+
+
+def test_outputs_are_never_there_as_a_whole() -> None:
+    """Of a large MLP they would take more memory than was announced."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    x, weights = torch.randn(2, 1024, 16), [torch.randn(1024, 16) for _ in range(2)]
+    with Watch():
+        search_ratio(list(x), weights, IntGrid(4, symmetric=False))
+    assert largest <= 512 * 1024
 
 
 def test_bounds() -> None:

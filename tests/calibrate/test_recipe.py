@@ -202,6 +202,7 @@ class TestOverride:
 
 
 LEARNED = {"residual": "learned", "scales": "learned"}
+CLIPS = {"clip": "learned", "clip_ratio": 0.9}
 
 
 def _learning(**learn: object) -> dict[str, object]:
@@ -227,26 +228,37 @@ class TestLearn:
         assert best.activations.clip_ratio < 1
 
     def test_clip_ratios_are_learned_alone_or_with_transforms(self) -> None:
-        clips = {"clip": "learned", "clip_ratio": 0.9}
-        alone = Recipe.model_validate({"activations": clips})
+        alone = Recipe.model_validate({"activations": CLIPS})
         section = yaml.safe_load(alone.text())["learn"]
         assert "clip_lr" in section and "scale_lr" not in section
-        assert yaml.safe_load(alone.text())["activations"].items() >= clips.items()
+        assert yaml.safe_load(alone.text())["activations"].items() >= CLIPS.items()
         assert alone.learns and alone.clip == "learned"
         both = Recipe.model_validate(
-            _learning(clip_lr=0.1, scale_lr=0.2) | {"activations": clips}
+            _learning(clip_lr=0.1, scale_lr=0.2) | {"activations": CLIPS}
         )
         assert parse_recipe(both.text().encode(), "r.yaml") == both
         # Where inputs are not quantized there is nothing to clip.
         floats = both.override(scheme="w4a16")
-        assert floats.learns and floats.clip == "fixed"
-        with pytest.raises(ConfigError, match="key learn: .*has no effect"):
-            alone.override(scheme="w4a16")
-        blocks = Recipe.model_validate(
-            {"weights": {"method": "omniquant"}, "activations": clips}
-        )
+        assert floats.learns and floats.clip == "fixed" and not floats.learns_clips
+        assert "clip_lr" not in floats.text()
+        nothing = alone.override(scheme="w4a16")
+        assert not nothing.learns and "learn:" not in nothing.text()
+        assert nothing.override(scheme=alone.scheme) == alone
+
+    def test_omniquant_learns_clip_ratios_by_itself(self) -> None:
+        """Also where other things are learned end to end."""
+        omniquant = {"weights": {"method": "omniquant"}, "activations": CLIPS}
+        blocks = Recipe.model_validate(omniquant)
         assert not blocks.learns and blocks.clip == "learned"
         assert "input_clip_rate" in blocks.text()
+        rotated = {**omniquant, "transforms": {"value": "learned"}}
+        both = Recipe.model_validate(rotated)
+        assert both.learns and both.clip == "learned" and not both.learns_clips
+        assert "clip_lr" not in both.text() and "input_clip_rate" in both.text()
+        with pytest.raises(ValidationError, match="clip_lr has no effect where no cl"):
+            Recipe.model_validate({**rotated, "learn": {"clip_lr": 0.1}})
+
+    def test_built_in_recipes_learn_no_clip_ratios(self) -> None:
         for name in built_in_recipes():
             text = load_recipe(name).text()
             assert not {"clip:", "clip_lr:", "input_clip_rate:"} & set(text.split())

@@ -116,7 +116,7 @@ def test_too_short(model: str, novel: Path) -> None:
         calibration_windows(model, novel, fits + 1, 16, 0)
     assert str(error.value) == (
         f"{novel}: has {tokens} tokens, {fits + 1} windows of 16 need "
-        f"{16 * (fits + 1)}; it holds {fits}: lower --samples or --seq-len, or use a "
+        f"{16 * (fits + 1)}; it holds {fits}: use fewer or shorter samples, or a "
         "longer text"
     )
     assert len(calibration_windows(model, novel, fits, 16, 0)) == fits

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer products by float GEMMs: exact at and around every bound."""
 
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
@@ -10,12 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_lowbit.kernels import exact
-from vllm_lowbit.kernels.exact import (
-    exact_dtype,
-    exact_matmul,
-    fixed_point,
-    order_free_matmul,
-)
+from vllm_lowbit.kernels.exact import exact_dtype, exact_matmul, fixed_point
 
 
 def integer_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -145,38 +138,3 @@ class TestFixedPoint:
         assert not torch.isfinite(integers[1, 5] * unit[1])
         for actual, expected in zip((integers, unit), good, strict=True):
             assert torch.equal(actual[[0, 2]], expected[[0, 2]])
-
-
-def test_order_free_matmul_ignores_order_and_neighbours() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 256, generator=generator) * torch.logspace(-6, 3, 256)
-    b = torch.randint(-960, 961, (256, 80), generator=generator).double() / 64
-    whole = order_free_matmul(x, b, 28)
-    order = torch.randperm(256, generator=generator)
-    assert torch.equal(order_free_matmul(x[:, order], b[order], 28), whole)
-    for row in range(len(x)):
-        assert torch.equal(order_free_matmul(x[row : row + 1], b, 28)[0], whole[row])
-
-
-def test_order_free_matmul_is_as_precise_as_float64() -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(4, 64, generator=generator, dtype=torch.float64)
-    b = torch.randint(-15, 16, (64, 8), generator=generator).double()
-    exact_sums = [
-        [
-            float(
-                sum(Fraction(float(p)) * int(q) for p, q in zip(row, col, strict=True))
-            )
-            for col in b.t()
-        ]
-        for row in x
-    ]
-    error = (
-        (order_free_matmul(x, b, 28) - torch.tensor(exact_sums, dtype=torch.float64))
-        .abs()
-        .max()
-    )
-    assert error < 64 * 15 * 2.0**-54 * float(x.abs().max())
-    x[1, 3] = torch.inf
-    assert not torch.isfinite(order_free_matmul(x, b, 28)[1]).any()
-    assert torch.isfinite(order_free_matmul(x, b, 28)[[0, 2, 3]]).all()

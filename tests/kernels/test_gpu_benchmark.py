@@ -97,6 +97,10 @@ print(json.dumps([(name, s.k, s.order, s.stride) for name, s in layers]))
 
 WORKERS = """
 import functools, json, os, sys, time
+
+if __name__ == "__mp_main__" and "STILLBORN" in os.environ:
+    os._exit(8)
+
 from benchmarks.gpu.workers import run
 
 def job(kind):
@@ -206,8 +210,9 @@ def test_a_process_that_dies_or_hangs(tmp_path: Path) -> None:
     script = tmp_path / "jobs.py"
     script.write_text(WORKERS)
 
-    def run(*arguments: str) -> Any:
-        result = python(str(script), *arguments, PYTHONPATH=str(ROOT))
+    def run(*arguments: str, **environment: str) -> Any:
+        environment["PYTHONPATH"] = str(ROOT)
+        result = python(str(script), *arguments, **environment)
         assert result.returncode == 0, result.stderr[-4000:]
         return json.loads(result.stdout)
 
@@ -219,6 +224,9 @@ def test_a_process_that_dies_or_hangs(tmp_path: Path) -> None:
         fine,
         fine,
     ]
+    # Also one that ends before it has read its job.
+    ended = [False, "the process ended with 8"]
+    assert run("300", "fine", "fine", "fine", STILLBORN="1") == [ended] * 3
     late = [[False, f"not {what} when time was up"] for what in ("finished", "started")]
     assert run("1", "hang", "hang", "hang") == [late[0], late[0], late[1]]
 
@@ -244,6 +252,12 @@ def test_arms_run() -> None:
     result = python("-c", ARMS, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr[-4000:]
     assert int(result.stdout) == 21
+
+
+def test_fewer_processes_than_none() -> None:
+    result = python("-m", "benchmarks.gpu", "--out", "unused", "--workers", "-1")
+    assert result.returncode == 2
+    assert "argument --workers: at least 0, got -1" in result.stderr
 
 
 def test_no_gpu() -> None:

@@ -162,10 +162,11 @@ def test_same_run_same_bytes_other_seed_other_bytes(
     assert other["model.safetensors"] != _files(whole)["model.safetensors"]
 
 
-@pytest.mark.parametrize("step", [1, 3, STEPS])
+@pytest.mark.parametrize("step", [0, 1, 3, STEPS])
 def test_ctrl_c_and_resume_give_the_same_bytes(
     model: Path, whole: Path, tmp_path: Path, step: int
 ) -> None:
+    """Before the first step, it is done."""
     out = tmp_path / "out"
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -180,7 +181,7 @@ def test_ctrl_c_and_resume_give_the_same_bytes(
         lambda done, total, what: seen.append(done) if "learning" in what else None,
         resume=True,
     )
-    assert seen == list(range(step, STEPS + 1))
+    assert seen == list(range(max(step, 1), STEPS + 1))
     assert _files(out) == _files(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -267,11 +268,23 @@ class TestRefused:
         message = "transforms.residual learned: tie_word_embeddings is true"
         self._refuse(UnsupportedError, message, tied, tmp_path / "out", _recipe())
 
+    @pytest.mark.parametrize(
+        ("transforms", "rates"),
+        [
+            (
+                {"residual": "learned", "scales": "learned"},
+                "learn.rotation_lr or learn.scale_lr or learn.clip_lr",
+            ),
+            ({}, "learn.clip_lr"),
+        ],
+    )
     def test_numbers_that_are_not_finite(
         self,
         tiny_model: Callable[..., Path],
         rewrite: Callable[..., Path],
         tmp_path: Path,
+        transforms: dict[str, str],
+        rates: str,
     ) -> None:
         huge = tiny_model(tmp_path / "huge", tokenizer=True, dtype="float32")
 
@@ -280,10 +293,11 @@ class TestRefused:
             tensors["model.layers.1.mlp.down_proj.weight"] *= 1e38
 
         rewrite(huge, enlarge)
-        recipe = Recipe.model_validate(
-            RECIPE | {"transforms": {"residual": "learned", "scales": "learned"}}
+        recipe = Recipe.model_validate(RECIPE | {"transforms": transforms})
+        message = (
+            r"step 1: the loss is nan, first in the output of model\.layers\.1; "
+            f"lower {rates}$"
         )
-        message = r"step 1: the loss is nan, first in the output of model\.layers\.1"
         self._refuse(CalibrationError, message, huge, tmp_path / "out", recipe)
         assert [path.name for path in tmp_path.iterdir()] == ["huge"]
 

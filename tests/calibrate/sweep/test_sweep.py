@@ -2,6 +2,7 @@
 """`vllm-lowbit sweep`: what is run, what is not run again, and what it writes."""
 
 import dataclasses
+import errno
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from vllm_lowbit.calibrate import text as texts
 from vllm_lowbit.calibrate.choices import evaluate_choices
 from vllm_lowbit.calibrate.evaluate import evaluate
+from vllm_lowbit.calibrate.learn.snapshot import snapshot_path
 from vllm_lowbit.calibrate.pipeline import calibrate
 from vllm_lowbit.calibrate.processes import Ended
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
@@ -19,6 +21,23 @@ from vllm_lowbit.calibrate.sweep import one, plan, run
 from vllm_lowbit.errors import CalibrationError
 
 from .commands import MEASURED, SMALL, TASK, TEXT, records, sweep
+
+
+def settings_of(model: Path, **changes: Any) -> plan.Settings:
+    """Of a sweep of one recipe, as SMALL and MEASURED say, but for changes."""
+    settings = plan.Settings(
+        model=str(model),
+        recipes=["rtn"],
+        schemes=[],
+        seeds=[],
+        samples=4,
+        seq_len=32,
+        vocab_bits=None,
+        text=texts.default_text(),
+        evaluation=one.Evaluation(data=str(TEXT), seq_len=64, max_tokens=200),
+        scratch=None,
+    )
+    return dataclasses.replace(settings, **changes)
 
 
 class TestSweep:
@@ -69,17 +88,12 @@ class TestSweep:
 
     def test_order(self, model: Path) -> None:
         """Seed by seed; a recipe keeps its scheme and seed where none is given."""
-        settings = plan.Settings(
-            model=str(model),
+        settings = settings_of(
+            model,
             recipes=["rtn", "gptq"],
             schemes=["w4a4", "w4a16-g64"],
             seeds=[3, 0],
-            samples=4,
-            seq_len=32,
             vocab_bits=8,
-            text=texts.default_text(),
-            evaluation=one.Evaluation(data=str(TEXT), seq_len=64, max_tokens=200),
-            scratch=None,
         )
         runs = plan.make_plan(settings).runs
         assert [each.name for each in runs] == [
@@ -97,6 +111,17 @@ class TestSweep:
             load_recipe("rtn").override(samples=4, seq_len=32),
             load_recipe("gptq").override(samples=4, seq_len=32),
         ]
+
+    def test_memory_is_what_calibrate_says(self, model: Path, tmp_path: Path) -> None:
+        """At least: what is written is counted in the widest types."""
+        made = plan.make_plan(settings_of(model, recipes=["lowbit"]))
+        lowbit, said = made.runs[1], []
+        assert lowbit.recipe is not None
+        arguments = str(model), tmp_path / "out", lowbit.recipe, texts.default_text()
+        calibrate(*arguments, "cpu", announce=said.append)
+        (estimate,) = said
+        more = made.memory_of(lowbit) - estimate.memory
+        assert 0 <= more <= estimate.output
 
     def test_done_is_done(
         self, model: Path, tmp_path: Path, started: list[str]
@@ -185,6 +210,57 @@ class TestSweep:
         assert started == [name]
         assert "error" not in records(out)[name]
         assert "failed" not in (out / "sweep.md").read_text()
+
+    def test_threads_are_kept_for_learning_that_goes_on(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All else takes those of the command that runs it."""
+        out, seen = tmp_path / "out", {}
+
+        def work(job: run.Job, cores: list[int], running: Any) -> Ended:
+            seen[job.run.name] = job.threads
+            return Ended(1, None, "not now\n", 0.5)
+
+        monkeypatch.setattr(run, "work", work)
+        recipes = ("--recipe", "gptq", "--recipe", "ostquant")
+        words = (model, "-o", out, *recipes, *SMALL, *MEASURED)
+        names = ("float", "gptq-w4a4kv4-seed0", "ostquant-w4a4kv4-seed0")
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        sweep(*words, code=1)
+        assert seen == dict.fromkeys(names, 3)
+        snapshot_path(out / names[2]).touch()
+        monkeypatch.setenv("OMP_NUM_THREADS", "5")
+        sweep(*words, code=1)
+        assert seen == {names[0]: 5, names[1]: 5, names[2]: 3}
+
+    def test_a_full_disk_ends_it(
+        self,
+        model: Path,
+        tmp_path: Path,
+        started: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """By name of the file, whose old contents stay."""
+        out = tmp_path / "out"
+        words = (model, "-o", out, "--recipe", "rtn", *SMALL, *MEASURED)
+        write = Path.write_text
+
+        def write_text(path: Path, text: str, **options: Any) -> int:
+            written = write(path, text, **options)
+            if path == out / ".sweep.json.new" and '"perplexity"' in text:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", write_text)
+            _, stderr = sweep(*words, "--workers", 1, code=1)
+        reason = f"error: {out}/sweep.json cannot be written: No space left on device"
+        assert stderr.splitlines()[-1] == reason
+        assert "perplexity" not in records(out)["float"]
+        assert not list(out.glob(".*.new"))
+        started.clear()
+        sweep(*words, "--workers", 1)
+        assert started == ["float", "rtn-w4a4kv4-seed0"]
 
     def test_tasks_alone(self, model: Path, tmp_path: Path, started: list[str]) -> None:
         out = tmp_path / "out"
