@@ -5,6 +5,7 @@
 #   make serve                     serve the small model in models/
 #   make serve MODEL=... PORT=... ARGS="..."   ARGS go to vllm serve
 #   make test                      the test suite (T="tests/x.py -k name" for a part)
+#   make ray                       tests that start a local Ray cluster
 #   make asan                      tests of the compiled kernels with AddressSanitizer
 #   make lint                      ruff and mypy
 #   make clean                     remove .venv and build outputs
@@ -42,6 +43,7 @@ export PATH := $(BIN):$(PATH)
 BASE := $(VENV)/.stamp-venv
 SERVE := $(VENV)/.stamp-$(BUILD)
 TEST := $(VENV)/.stamp-test
+RAY := $(VENV)/.stamp-ray
 DEV := $(VENV)/.stamp-dev
 PACKAGING := pyproject.toml setup.py deploy/vllm-cpu/pyproject.toml
 NATIVE := $(wildcard kernels/*/*.h kernels/*/*.cpp)
@@ -60,7 +62,7 @@ log=$(VENV)/pip.log; \
     echo >&2 "error: pip failed; the whole log is in $$log"; exit 1; }
 endef
 
-.PHONY: setup serve test asan lint typecheck clean
+.PHONY: setup serve test ray asan lint typecheck clean
 
 setup: $(SERVE)
 	@echo "Ready in $(VENV) ($(BUILD)): make serve, make test."
@@ -70,6 +72,11 @@ serve: $(SERVE)
 
 test: $(TEST)
 	@"$(BIN)/pytest" $(T)
+
+ray: $(RAY)
+	@"$(BIN)/pytest" tests/calibrate/test_processes.py tests/calibrate/sweep \
+	    tests/benchmarks/test_methods.py tests/deploy/test_ray_config.py \
+	    -k "Cluster or cluster or ray"
 
 # The sanitizer's checks as calls: inline they compile for minutes. Its library has to
 # be the first of the process; that of Python itself leaks by design.
@@ -135,6 +142,11 @@ $(SERVE): $(PACKAGING) $(NATIVE) $(BASE)
 $(TEST): $(SERVE)
 	@echo "Installing the test tools."
 	@$(call pip_install,-e '.[test]')
+	@touch $@
+
+$(RAY): $(TEST)
+	@echo "Installing Ray."
+	@$(call pip_install,-e '.[ray]')
 	@touch $@
 
 $(DEV): $(SERVE)
