@@ -3,8 +3,8 @@
 
 All are one decoder: RMSNorm, RoPE over whole heads in the half-split layout, grouped
 query attention and a gated MLP or a mixture of them, with a norm before each of the
-two. The table says in what each differs. Neither vLLM nor transformers is needed to
-read it.
+two. The table says in what each differs, as OPT and GPT-2 do in LayerNorms, learned
+positions and an MLP without gate. Neither vLLM nor transformers is needed to read it.
 """
 
 from collections.abc import Mapping

@@ -289,6 +289,19 @@ class TestCommand:
         _, stderr = run(model, *options, code=1)
         assert stderr == "error: pass either --data or --tasks\n"
 
+    @pytest.mark.parametrize(
+        ("options", "name"),
+        [
+            (("--data", "x.txt", "--limit", 2), "--limit"),
+            (("--tasks", "y.jsonl", "--max-tokens", 64), "--max-tokens"),
+        ],
+    )
+    def test_of_what_is_not_measured(
+        self, model: str, options: tuple[object, ...], name: str
+    ) -> None:
+        _, stderr = run(model, *options, code=1)
+        assert stderr.startswith(f"error: {name} has no effect without --")
+
     def test_bad_line(self, model: str, tmp_path: Path) -> None:
         task = write(tmp_path, GOOD, "x")
         stdout, stderr = run(model, "--tasks", task, code=1)

@@ -83,6 +83,7 @@ def evaluate(
 
     if (data is None) == (not tasks):
         raise ConfigError("pass either --data or --tasks")
+    check_used(data, tasks, max_tokens, limit)
     # stdout has the result only; vLLM's log would go there.
     with redirect_stdout(sys.stderr), progress_bar("evaluating") as progress:
         run = (backend, scheme, dtype, progress, verbose)
@@ -102,6 +103,19 @@ def evaluate(
             f"{result.model}: scheme {result.scheme}, backend {result.backend}, "
             f"{result.dtype}, windows of {result.seq_len} tokens of {result.data}"
         )
+
+
+def check_used(
+    data: Path | None,
+    tasks: list[Path] | None,
+    max_tokens: int | None,
+    limit: int | None,
+) -> None:
+    """Raise ConfigError for a part of what is not measured at all."""
+    if max_tokens is not None and data is None:
+        raise ConfigError("--max-tokens has no effect without --data, remove it")
+    if limit is not None and not tasks:
+        raise ConfigError("--limit has no effect without --tasks, remove it")
 
 
 def _show(answers: "ChoiceEvaluation") -> None:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..errors import ConfigError
+from .evaluate import check_used
 
 if TYPE_CHECKING:
     from ..calibrate.sweep.run import Sweep
@@ -126,6 +127,7 @@ def sweep(
         import ray as _  # noqa: F401  where it is missing, nothing starts
     elif workers is not None and workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {workers}")
+    check_used(data, tasks, max_tokens, limit)
     with redirect_stdout(sys.stderr):
         plan = make_plan(
             Settings(

@@ -58,6 +58,11 @@ class TestRefused:
         _, stderr = sweep(*words, code=1)
         assert stderr == "error: pass --data, --tasks or both\n"
 
+    def test_of_what_is_not_measured(self, model: Path, tmp_path: Path) -> None:
+        words = (model, "-o", tmp_path / "out", "--recipe", "rtn", "--tasks", TASK)
+        _, stderr = sweep(*words, "--max-tokens", 64, code=1)
+        assert stderr == "error: --max-tokens has no effect without --data, remove it\n"
+
     def test_two_recipes_of_one_name(self, model: Path, tmp_path: Path) -> None:
         recipe = tmp_path / "a.yaml"
         recipe.write_text("name: rtn\n")
