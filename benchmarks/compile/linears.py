@@ -136,6 +136,7 @@ def _integer_case(
             "PTX": target.startswith("sm_"),
             "E4M3": e4m3,
             "IMPRECISE": E4M3_SUMS[target] if e4m3 else None,
+            "TOKEN_GROUPS": False,
         },
         {"enable_fp_fusion": False},
     )
