@@ -313,7 +313,7 @@ def _quantized(scheme: Scheme) -> dict[str, str]:
         "their inputs": "16 bits"
         if activations.bits == 16
         else f"int{activations.bits} {_symmetry(activations.symmetric)}, dynamic, one "
-        f"scale per token{clipped(activations.kept())}",
+        f"scale per {activations.per}{clipped(activations.kept())}",
         "KV cache": "16 bits"
         if scheme.kv_cache.bits == 16
         else f"int{scheme.kv_cache.bits} asymmetric, one scale and zero per token and "

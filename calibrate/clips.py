@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clip ratios of linear inputs: learned by gradients, or searched for.
 
-A ratio is a fraction of each token's range, of one layer and stage. Learned as in PACT
-(Choi et al., 2018) and LSQ (Esser et al., 2020), with the range dynamic.
+A ratio is a fraction of each range of the inputs of one layer and stage. Learned as in
+PACT (Choi et al., 2018) and LSQ (Esser et al., 2020), with the range dynamic.
 """
 
 from collections.abc import Mapping, Sequence

@@ -218,8 +218,8 @@ def _activations(places: dict[str, list[Place]]) -> tuple[Any, str] | None:
     axes[0].set_ylabel("quantization error, % of the norm", fontsize=9)
     axes[0].legend(fontsize=8)
     return figure, (
-        "Error of quantizing what each linear reads, on the checkpoint's grid with one"
-        " scale per token: of the base model's activations and of the checkpoint's."
+        "Error of quantizing what each linear reads, on the checkpoint's grid: of the"
+        " base model's activations and of the checkpoint's."
     )
 
 

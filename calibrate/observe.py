@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import ConfigError, UnsupportedError
-from ..kernels.grid import decode
 from ..kernels.hadamard_quantize.reference import transform
 from ..schema import Activations, KVCache, LowbitConfig, Rotations
 from .plan import served_shape
 from .qsur import SecondMoment, log_qsur
 from .reference_model import ReferenceModel
 from .reference_weights import QuantizedLinear
+from .straight_through import fake_quantize
 
 BLOCKS = ("self_attn", "mlp")
 # Fused linears of a block, and what the picture of their input is called.
@@ -327,7 +327,7 @@ def _inputs(parts: list[torch.Tensor], linear: QuantizedLinear) -> Inputs:
     x = torch.cat(parts)
     error = None
     if linear.activations is not None:
-        rounded = decode(*linear.activations.quantize(x))
+        rounded = fake_quantize(x, linear.activations)
         error = float((rounded - x).norm() / x.norm())
     first = parts[0].abs()
     shape = (

@@ -264,7 +264,12 @@ def online(scheme: Scheme, transforms: Transforms) -> Online:
     return Online(
         activations=None
         if chosen.bits == 16
-        else IntGrid(chosen.bits, chosen.symmetric, clip_ratio=chosen.clip_ratio),
+        else IntGrid(
+            chosen.bits,
+            chosen.symmetric,
+            clip_ratio=chosen.clip_ratio,
+            group_size=chosen.group_size,
+        ),
         kv4=scheme.kv_cache.bits == 4,
         key=transforms.key,
         down=transforms.down,

@@ -224,7 +224,7 @@ class Refine(StrictModel):
 
 
 class ActivationGrid(StrictModel):
-    """Grid of the linear inputs; their bits are the scheme's."""
+    """Grid of the linear inputs; their bits and groups are the scheme's."""
 
     symmetric: bool = False
     clip: Clip = "fixed"
@@ -232,8 +232,8 @@ class ActivationGrid(StrictModel):
     error of its linears' outputs, or learned with the transforms, by method omniquant
     block by block (see clips.py)."""
     clip_ratio: ClipRatio = 1.0
-    """Fraction of each token's range that is kept; where they are learned, what they
-    start from; where they are searched for, what is kept until then."""
+    """Fraction of each range that is kept; where they are learned, what they start
+    from; where they are searched for, what is kept until then."""
 
 
 class Data(StrictModel):

@@ -82,6 +82,7 @@ class QuantizedLinear:
             grid.bits,
             grid.symmetric,
             grid.clip_ratio,
+            grid.group_size,
         )
         return linear_w4a4(
             codes,

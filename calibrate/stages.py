@@ -238,7 +238,7 @@ class DecoderStages:
         return x * torch.rsqrt(variance + self.eps)
 
     def quantized(self, stage: str, x: torch.Tensor) -> torch.Tensor:
-        """The input x of a stage on the activation grid, per token."""
+        """The input x of a stage on the activation grid."""
         grid = self.online.activations
         ratio = self.clip_ratios.get(stage.rpartition(".")[2])
         return x if grid is None else fake_quantize(x, grid, ratio)

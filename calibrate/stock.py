@@ -56,6 +56,11 @@ def _linear_reasons(scheme: Scheme) -> list[str]:
             f"scheme.activations.{key} {least}: stock vLLM keeps the whole range of a "
             "token; calibrate with clip_ratio 1"
         )
+    if activations.group_size is not None:
+        reasons.append(
+            f"scheme.activations.group_size is {activations.group_size}: stock vLLM "
+            "takes one scale per token; choose a scheme without -ag"
+        )
     if activations.bits == 6:
         reasons.append(
             "scheme.activations.bits is 6: stock vLLM has no 6-bit activations; choose "

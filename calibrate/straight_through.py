@@ -19,6 +19,7 @@ element beyond the range counts as such, however near: its error grows as the ra
 falls, that of an element within shrinks.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,15 +38,18 @@ from ..kernels.grid import (
 def fake_quantize(
     x: torch.Tensor, grid: IntGrid, clip_ratio: torch.Tensor | float | None = None
 ) -> torch.Tensor:
-    """x on a grid, every row (last dimension) with its own range; float32.
+    """x on a grid, every input or group of it with its own range; float32.
 
     Args:
         x: ``[..., n]``, float32.
-        grid: the codes.
-        clip_ratio: fraction of the range that is kept, a float or ``[..., 1]``;
-            None takes the grid's. One number, ``[]``, may ask for a gradient, where x
-            does or not.
+        grid: the codes, and the groups if any.
+        clip_ratio: fraction of the range that is kept, a float or ``[..., 1]``, of
+            groups ``[..., groups, 1]``; None takes the grid's. One number, ``[]``, may
+            ask for a gradient, where x does or not.
     """
+    if grid.group_size is not None:
+        whole = replace(grid, group_size=None)
+        return fake_quantize(grid.rows(x), whole, clip_ratio).flatten(-2)
     learned = isinstance(clip_ratio, torch.Tensor) and clip_ratio.requires_grad
     if not (torch.is_grad_enabled() and (x.requires_grad or learned)):
         scale, zero_point = grid.parameters(x, clip_ratio)

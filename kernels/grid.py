@@ -3,6 +3,8 @@
 
 Calibration, the references and every backend follow this file.
 
+* What has a scale of its own is a row: a token's input, an output channel's weights,
+  or a group of neighbouring elements in one (``group_size``).
 * Rounding is to nearest, ties to even.
 * A scale is computed in float32, rounded to the type it is stored in, and only
   then used: ``inverse = 1 / scale`` (one IEEE division), ``code =
@@ -49,16 +51,19 @@ class IntGrid:
         full_range: symmetric only, also use the code ``-2^(bits-1)``.
         clip_ratio: fraction of a row's range that is kept; what lies beyond becomes
             the outermost code.
+        group_size: elements of a row where :meth:`rows` cuts an input into groups;
+            None where all of an input is one row.
 
     Raises:
-        ValueError: for a width outside 2..8, full_range on an affine grid, or a
-            clip_ratio outside (0, 1].
+        ValueError: for a width outside 2..8, full_range on an affine grid, a
+            clip_ratio outside (0, 1], or a group_size below 1.
     """
 
     bits: int
     symmetric: bool = True
     full_range: bool = False
     clip_ratio: float = 1.0
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -69,6 +74,8 @@ class IntGrid:
             raise ValueError(
                 f"clip_ratio must be above 0 and at most 1, got {self.clip_ratio}"
             )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
 
     @property
     def code_min(self) -> int:
@@ -90,6 +97,27 @@ class IntGrid:
         if self.symmetric:
             return max(-self.code_min, self.code_max)
         return self.code_max - self.code_min
+
+    def groups(self, n: int) -> int:
+        """Number of rows in an input of n elements.
+
+        Raises:
+            ValueError: when they are no whole groups.
+        """
+        if self.group_size is None:
+            return 1
+        groups, rest = divmod(n, self.group_size)
+        if rest or not groups:
+            raise ValueError(f"group_size {self.group_size} does not divide {n}")
+        return groups
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs ``[..., n]`` as their rows, ``[..., groups, n / groups]``.
+
+        Raises:
+            ValueError: as :meth:`groups`.
+        """
+        return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
 
     def parameters(
         self, x: torch.Tensor, clip_ratio: torch.Tensor | float | None = None
@@ -132,15 +160,21 @@ class IntGrid:
     def quantize(
         self, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes, scale and zero point of every row (last dimension) of x."""
-        scale, zero_point = self.parameters(x)
-        return self.encode(x, scale, zero_point), scale, zero_point
+        """Codes ``[..., n]`` of inputs, scale and zero point ``[..., groups]``.
+
+        Raises:
+            ValueError: as :meth:`groups`.
+        """
+        rows = self.rows(x)
+        scale, zero_point = self.parameters(rows)
+        codes = self.encode(rows, scale, zero_point).flatten(-2)
+        return codes, scale.squeeze(-1), zero_point.squeeze(-1)
 
 
 def decode(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> torch.Tensor:
-    """``scale * (code - zero_point)`` in float32."""
+    """``scale * (code - zero_point)`` of rows, in float32."""
     return (codes.to(torch.int32) - zero_point).float() * scale
 
 

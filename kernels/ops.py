@@ -71,12 +71,15 @@ def _linear_experts_packed_out(
 
 
 def _codes_out(
-    x: torch.Tensor, n: int
+    x: torch.Tensor, n: int, arguments: tuple[Any, ...], group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of n columns; group_size is an index of the arguments, which may end before."""
+    size = arguments[group_size] if len(arguments) > group_size else None
+    groups = 1 if size is None else n // size
     return (
         x.new_empty((x.shape[0], n), dtype=torch.int8),
-        x.new_empty((x.shape[0], 1), dtype=torch.float32),
-        x.new_empty((x.shape[0], 1), dtype=torch.int32),
+        x.new_empty((x.shape[0], groups), dtype=torch.float32),
+        x.new_empty((x.shape[0], groups), dtype=torch.int32),
     )
 
 
@@ -89,26 +92,27 @@ _register(
 )
 _register(
     "hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
-    " int bits, bool symmetric, float clip_ratio=1.0)"
+    " int bits, bool symmetric, float clip_ratio=1.0, int? group_size=None)"
     " -> (Tensor codes, Tensor scale, Tensor zero_point)",
     implementation("hadamard_quantize"),
-    lambda x, *arguments: _codes_out(x, x.shape[1]),
+    lambda x, *arguments: _codes_out(x, x.shape[1], arguments, 6),
     IMPLEMENTATIONS["hadamard_quantize", "triton"],
 )
 _register(
     "rms_norm_hadamard_quantize(Tensor x, Tensor weight, float epsilon,"
     " Tensor? input_scale, int order, int stride, int bits, bool symmetric,"
-    " float clip_ratio=1.0) -> (Tensor codes, Tensor scale, Tensor zero_point)",
+    " float clip_ratio=1.0, int? group_size=None)"
+    " -> (Tensor codes, Tensor scale, Tensor zero_point)",
     quantize_reference.rms_norm_hadamard_quantize,
-    lambda x, *arguments: _codes_out(x, x.shape[1]),
+    lambda x, *arguments: _codes_out(x, x.shape[1], arguments, 8),
     on_call(f"{QUANTIZE}.rms_norm_hadamard_quantize"),
 )
 _register(
     "swiglu_hadamard_quantize(Tensor x, Tensor? input_scale, int order, int stride,"
-    " int bits, bool symmetric, float clip_ratio=1.0)"
+    " int bits, bool symmetric, float clip_ratio=1.0, int? group_size=None)"
     " -> (Tensor codes, Tensor scale, Tensor zero_point)",
     quantize_reference.swiglu_hadamard_quantize,
-    lambda x, *arguments: _codes_out(x, x.shape[1] // 2),
+    lambda x, *arguments: _codes_out(x, x.shape[1] // 2, arguments, 6),
     on_call(f"{QUANTIZE}.swiglu_hadamard_quantize"),
 )
 _register(
@@ -132,7 +136,7 @@ _register(
     "linear_packed(Tensor x, Tensor? input_scale, int order, int stride,"
     " int activation_bits, bool symmetric, Tensor weight, Tensor weight_scale,"
     " Tensor? weight_zero, Tensor weight_sum, Tensor? bias, int n, int weight_bits,"
-    " ScalarType out_dtype, float clip_ratio=1.0) -> Tensor",
+    " ScalarType out_dtype, float clip_ratio=1.0, int? group_size=None) -> Tensor",
     linear_packed,
     _linear_packed_out,
 )
@@ -140,7 +144,7 @@ _register(
     "linear_experts_generic(Tensor x, Tensor rows, Tensor offsets,"
     " Tensor? input_scale, int order, int stride, int activation_bits,"
     " bool symmetric, Tensor weight, Tensor weight_scale, int weight_max,"
-    " ScalarType out_dtype, float clip_ratio=1.0) -> Tensor",
+    " ScalarType out_dtype, float clip_ratio=1.0, int? group_size=None) -> Tensor",
     experts_generic.linear_experts,
     _linear_experts_generic_out,
 )
@@ -149,7 +153,7 @@ _register(
     " Tensor? input_scale, int order, int stride, int activation_bits,"
     " bool symmetric, Tensor weight, Tensor weight_scale, Tensor? weight_zero,"
     " Tensor weight_sum, int n, int weight_bits, ScalarType out_dtype,"
-    " float clip_ratio=1.0) -> Tensor",
+    " float clip_ratio=1.0, int? group_size=None) -> Tensor",
     experts_cpu.linear_experts,
     _linear_experts_packed_out,
 )

@@ -164,7 +164,9 @@ class TestLinear:
         patch.setattr(f"{linear}rank", lambda: rank)
         patch.setattr(f"{linear}world_size", lambda: size)
 
-    @pytest.mark.parametrize("scheme", ["w4a4", "w2a16-g64", "w4a16-g32", "w3a16"])
+    @pytest.mark.parametrize(
+        "scheme", ["w4a4", "w2a16-g64", "w4a16-g32", "w3a16", "w4a4-g64-ag64"]
+    )
     def test_whole(
         self, scheme: str, alone: None, quant: Any, assert_kept: Any
     ) -> None:
@@ -184,7 +186,38 @@ class TestLinear:
         out = layer.quant_method.apply(layer, x, layer.bias)
         assert out.shape == (3, 2 * INTERMEDIATE) and out.isfinite().all()
 
-    @pytest.mark.parametrize("scheme", ["w4a4", "w2a16-g32", "w6a6"])
+    @pytest.mark.parametrize("scheme", ["w4a4-g64-ag64", "w4a4-g128-ag128"])
+    def test_shard_that_cuts_groups(self, scheme: str, rank: int, quant: Any) -> None:
+        config = quant(scheme)
+        size = config.scheme.activations.group_size
+        with pytest.raises(UnsupportedError) as error:
+            self.down(config)
+        assert str(error.value) == (
+            "linear model.layers.0.mlp.down_proj: a shard of 96 inputs is not a "
+            f"multiple of group_size {size}"
+        )
+
+    def test_groups_of_the_input(self, rank: int, quant: Any) -> None:
+        """A rank computes with its part of the token's groups, as the whole would."""
+        config = quant("w4a8kv4-g32-ag32")
+        layer = self.down(config)
+        tensors = quantized(HIDDEN, INTERMEDIATE, config.scheme.weights)
+        load(layer, tensors)
+        method = layer.quant_method
+        method.process_weights_after_loading(layer)
+        grid = method.kernel.spec.activations
+        assert grid == IntGrid(8, False, group_size=32)
+        x = torch.randn(5, INTERMEDIATE) * torch.logspace(-2, 1, INTERMEDIATE)
+        own = slice(rank * INTERMEDIATE // 2, (rank + 1) * INTERMEDIATE // 2)
+        codes, scale, zero_point = IntGrid(8, False).quantize(x.view(-1, 32))
+        a = decode(codes, scale, zero_point).view(x.shape)[:, own]
+        parts = tensors["codes"].view(HIDDEN, -1, 32)
+        zero = torch.zeros(1, dtype=torch.int32)
+        weight = decode(parts, tensors["weight_scale"].unsqueeze(-1), zero).flatten(1)
+        out = method.apply(layer, x[:, own].contiguous())
+        torch.testing.assert_close(out, a @ weight[:, own].t(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("scheme", ["w4a4", "w2a16-g32", "w6a6", "w4a4-g32-ag32"])
     def test_shard_of_the_input(
         self, scheme: str, rank: int, quant: Any, assert_kept: Any
     ) -> None:

@@ -118,6 +118,7 @@ class TestJson:
             "group_size": None,
             "activation_bits": 4,
             "activation_symmetric": False,
+            "activation_group_size": None,
             "activation_clip_ratio": 1.0,
         }
         assert found["linears"] == {
@@ -221,6 +222,17 @@ class TestJson:
         assert found["attention"]["kv_bits"] == 16
         assert found["kv_token"]["ratio"] == 1
         assert found["rotations"] == {}
+
+    def test_groups_of_activations(
+        self, tmp_path: Path, tiny_model: Any, published_checkpoint: Any
+    ) -> None:
+        plain = tiny_model(tmp_path / "plain")
+        out = published_checkpoint(tmp_path, plain, scheme="w4a4kv4-g32-ag32")
+        found = read(out)
+        assert found["scheme"] == "w4a4kv4-g32-ag32"
+        for linear in found["linears"].values():
+            assert linear["group_size"] == linear["activation_group_size"] == 32
+        assert "a scale per token and group of 32" in run(out)[0]
 
     @pytest.mark.parametrize(
         ("architecture", "reader"),

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from vllm_lowbit.errors import ConfigError
 from vllm_lowbit.schema import (
+    Activations,
+    ClipRatios,
     LoadTimeOptions,
     LowbitConfig,
     Manifest,
@@ -164,6 +166,8 @@ BAD_CONFIG = [
     ("scheme/weights/zero_point", 3, "got 3"),
     ("scheme/activations/bits", 3, "got 3"),
     ("scheme/activations/bits", True, "got True"),
+    ("scheme/activations/group_size", 48, "32, 64, 128 or 256, got 48"),
+    ("scheme/activations/group_size", "128", "got '128'"),
     ("scheme/kv_cache/bits", 8, "got 8"),
     ("scheme/kv_cache/bits", [4], "got [4]"),
     ("rotations", DROP, "Field required"),
@@ -200,6 +204,34 @@ def test_bad_config_names_key_and_value(path: str, value: Any, message: str) -> 
     assert message in text
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations", "message"),
+    [
+        (
+            64,
+            {"group_size": 128},
+            "size 128 with weights.group_size 64: scales",
+        ),
+        (
+            None,
+            {"group_size": 32},
+            "size 32 with weights.group_size None: scales",
+        ),
+        (128, {"group_size": 128, "bits": 16}, "group_size has no effect with bits 16"),
+    ],
+)
+def test_groups_of_activations_are_those_of_weights(
+    weights: int | None, activations: dict[str, Any], message: str
+) -> None:
+    data = put(config(), "scheme/weights/group_size", weights)
+    data = put(data, "scheme/activations", {"bits": 4, **activations})
+    with pytest.raises(ConfigError, match=f"^config.json: key scheme.*{message}"):
+        LowbitConfig.parse(data, "config.json")
+    sound = put(config(), "scheme/activations/group_size", 128)
+    parsed = LowbitConfig.parse(sound, "config.json")
+    assert parsed.scheme.name == "w4a4kv4-g128-ag128"
+
+
 RATIOS = {
     "attn_input": [0.9, 1.0],
     "o_input": [0.5, 0.85],
@@ -218,6 +250,11 @@ def test_clip_ratios() -> None:
     data = _with_ratios("scheme/activations/symmetric", True)
     parsed = LowbitConfig.parse(data, "x")
     assert LowbitConfig.parse(json.loads(parsed.model_dump_json()), "x") == parsed
+    grouped = parsed.scheme.model_copy(
+        update={"activations": Activations(bits=4, group_size=128)}
+    )
+    again = grouped.with_clip_ratios(ClipRatios(**RATIOS)).activations
+    assert again.group_size == 128 and again.kept("o_input") == (0.5, 0.85)
     activations = parsed.scheme.activations
     assert activations.kept("o_input") == (0.5, 0.85)
     assert len(activations.kept()) == 8

@@ -16,7 +16,8 @@ from vllm_lowbit.schema import (
     scheme_from_name,
 )
 
-SUFFIXES = ("", "-g32", "-g64", "-g128", "-g256")
+SIZES = (32, 64, 128, 256)
+SUFFIXES = ("", *(f"-g{size}" for size in SIZES))
 BITS = {
     "w4a4kv4": (4, 4, 4),
     "w4a4": (4, 4, 16),
@@ -51,6 +52,39 @@ def test_scheme_name_round_trips(name: str, suffix: str) -> None:
     assert scheme_from_name(name + suffix, True).activations.symmetric
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [n for n in SCHEME_NAMES if BITS[n][1] != 16])
+def test_groups_of_activations(name: str, size: int) -> None:
+    scheme = scheme_from_name(f"{name}-g{size}-ag{size}", clip_ratio=0.9)
+    assert scheme.name == f"{name}-g{size}-ag{size}"
+    assert scheme.activations.group_size == scheme.weights.group_size == size
+    assert scheme.activations.per == f"token and group of {size}"
+    per_token = scheme_from_name(f"{name}-g{size}", clip_ratio=0.9)
+    assert per_token.activations.group_size is None
+    assert per_token.activations.per == "token"
+    data = scheme.model_dump(exclude_none=True)
+    assert Scheme.model_validate(data) == scheme
+    del data["activations"]["group_size"]
+    assert Scheme.model_validate(data) == per_token
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w4a4kv4-ag128", "activations.group_size 128 with weights.group_size None: "),
+        ("w4a4-g64-ag128", "activations.group_size 128 with weights.group_size 64: "),
+        (
+            "w4a16-g128-ag128",
+            "activations: .*group_size has no effect with bits 16",
+        ),
+        ("w4a4-g128-ag48", "key activations.group_size: .*32, 64, 128 or 256, got 48"),
+    ],
+)
+def test_groups_of_activations_that_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^scheme '{name}': .*{message}"):
+        scheme_from_name(name)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -66,6 +100,10 @@ def test_scheme_name_round_trips(name: str, suffix: str) -> None:
         "w4a4kv4-g-128",
         "w4a4kv4-g99999",
         "w4a4kv4-g128-g128",
+        "w4a4kv4-ag128-g128",
+        "w4a4kv4-g128-ag",
+        "w4a4kv4-g128-ag0",
+        "w4a4kv4-g128ag128",
         "w4a4kv4-g\u0661\u0662\u0668",  # 128 in Arabic digits
         "w4a4" * 10_000,
     ],
@@ -89,7 +127,10 @@ def test_group_size_that_does_not_exist(group_size: int) -> None:
     assert message.endswith(f"got {group_size}")
 
 
-@given(st.text(max_size=20) | st.from_regex(r"w\d{1,3}a\d{1,3}(kv\d)?(-g\d{1,5})?"))
+FORM = r"w\d{1,3}a\d{1,3}(kv\d)?(-g\d{1,5})?(-ag\d{1,5})?"
+
+
+@given(st.text(max_size=20) | st.from_regex(FORM))
 def test_any_scheme_name_is_canonical_or_refused(name: str) -> None:
     try:
         scheme = scheme_from_name(name)

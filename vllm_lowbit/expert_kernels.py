@@ -77,10 +77,10 @@ class ExpertsKernel(ABC):
             return spec.order, spec.stride, 16, False
         return spec.order, spec.stride, grid.bits, grid.symmetric
 
-    @property
-    def _clip_ratio(self) -> float:
+    def _of_ranges(self) -> tuple[float, int | None]:
+        """Clip ratio and group size of the grid."""
         grid = self.spec.activations
-        return 1.0 if grid is None else grid.clip_ratio
+        return (1.0, None) if grid is None else (grid.clip_ratio, grid.group_size)
 
 
 class GenericExperts(ExpertsKernel):
@@ -114,7 +114,7 @@ class GenericExperts(ExpertsKernel):
             *self._kept(layer, "weight", "weight_scale"),
             self.spec.weights.max_difference,
             x.dtype,
-            self._clip_ratio,
+            *self._of_ranges(),
         )
 
 
@@ -152,7 +152,7 @@ class CpuExperts(ExpertsKernel):
             self.spec.n,
             self.spec.weights.bits,
             x.dtype,
-            self._clip_ratio,
+            *self._of_ranges(),
         )
 
 

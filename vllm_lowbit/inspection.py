@@ -32,9 +32,11 @@ class Linear:
         weight_symmetric: False where weights have zero points.
         group_size: inputs that share a scale; None is one scale per output channel.
         activation_bits: of the input's codes, 16 where it is not quantized.
-        activation_symmetric: False where the input has a zero point per token.
-        activation_clip_ratio: fraction of a token's range that is kept; a list of one
-            for every layer where they have their own.
+        activation_symmetric: False where the input has zero points.
+        activation_group_size: elements of a token's input that share a scale and zero
+            point; None where all of them do.
+        activation_clip_ratio: fraction of a range that is kept; a list of one for
+            every layer where they have their own.
         online_rotation: name of the rotation the server applies to the input, or None.
     """
 
@@ -43,6 +45,7 @@ class Linear:
     group_size: int | None
     activation_bits: int
     activation_symmetric: bool
+    activation_group_size: int | None
     activation_clip_ratio: float | tuple[float, ...]
     online_rotation: str | None
 
@@ -207,6 +210,7 @@ def _linear(config: LowbitConfig, name: str) -> Linear:
         group_size=scheme.weights.group_size,
         activation_bits=scheme.activations.bits,
         activation_symmetric=scheme.activations.symmetric,
+        activation_group_size=scheme.activations.group_size,
         activation_clip_ratio=kept if scheme.activations.clip_ratios else kept[0],
         online_rotation=rotation if getattr(config.rotations, rotation) else None,
     )

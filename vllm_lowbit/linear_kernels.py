@@ -166,6 +166,7 @@ class CpuLinear:
             spec.weights.bits,
             out_dtype,
             1.0 if grid is None else grid.clip_ratio,
+            None if grid is None else grid.group_size,
         )
 
     def rows(self, layer: Any, index: torch.Tensor) -> torch.Tensor:
@@ -278,6 +279,7 @@ def quantized(
         grid.bits,
         grid.symmetric,
         grid.clip_ratio,
+        grid.group_size,
     )
 
 

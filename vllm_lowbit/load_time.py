@@ -263,7 +263,9 @@ def activation_grid(scheme: Scheme, linear: str) -> IntGrid | None:
                 f"scheme.activations.clip_ratios.{place}"
             )
         ratio = ratios[int(layer[1])]
-    return IntGrid(chosen.bits, chosen.symmetric, clip_ratio=ratio)
+    return IntGrid(
+        chosen.bits, chosen.symmetric, clip_ratio=ratio, group_size=chosen.group_size
+    )
 
 
 def _rows_at_a_time(columns: int) -> int:

@@ -2,8 +2,8 @@
 """``vllm_lowbit_*`` on vLLM's own /metrics.
 
 Labelled by ``model_name`` and ``engine`` like vLLM's own. There is no metric of
-saturated activations: a grid spans the extremes of its own token, or the fraction of
-them that the checkpoint's clip ratios say, whatever the load.
+saturated activations: a grid spans the extremes of its own token or group, or the
+fraction of them that the checkpoint's clip ratios say, whatever the load.
 """
 
 import functools

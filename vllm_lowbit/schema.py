@@ -38,6 +38,7 @@ def _no_boolean(value: object) -> object:
 
 
 FormatVersion = Annotated[Literal[1], BeforeValidator(_no_boolean)]
+GroupSize = Literal[32, 64, 128, 256]
 
 
 class Weights(StrictModel):
@@ -45,18 +46,18 @@ class Weights(StrictModel):
 
     bits: Literal[2, 3, 4, 6, 8]
     symmetric: bool = True
-    group_size: Literal[32, 64, 128, 256] | None = None
+    group_size: GroupSize | None = None
     """Input elements that share a scale; None is one scale per output channel."""
 
 
-# Of a token's range, what may be kept.
+# Of a range, what may be kept.
 LEAST_CLIP_RATIO, MOST_CLIP_RATIO = 0.5, 1.0
 ClipRatio = Annotated[float, Field(ge=LEAST_CLIP_RATIO, le=MOST_CLIP_RATIO)]
 OfEveryLayer = Annotated[tuple[ClipRatio, ...], Field(min_length=1, strict=False)]
 
 
 class ClipRatios(StrictModel):
-    """Fraction of each token's range that is kept, a value for every layer in order.
+    """Fraction of each range that is kept, a value for every layer in order.
 
     Linears that share an input, and so its codes, share a value: q, k and v, gate and
     up, and all experts of a layer.
@@ -71,12 +72,17 @@ class ClipRatios(StrictModel):
 
 
 class Activations(StrictModel):
-    """Grid of the linear inputs: dynamic, per token. 16 bits means unquantized."""
+    """Grid of the linear inputs: dynamic, per token or per group of its elements.
+
+    16 bits means unquantized.
+    """
 
     bits: Literal[4, 6, 8, 16]
     symmetric: bool = False
+    group_size: GroupSize | None = None
+    """Neighbouring elements of a token, transformed, that share a range; None: all."""
     clip_ratio: ClipRatio = 1.0
-    """Fraction of each token's range that is kept."""
+    """Fraction of each range that is kept."""
     clip_ratios: ClipRatios | None = None
     """The same where every input has its own; ``clip_ratio`` is 1 then."""
 
@@ -84,10 +90,17 @@ class Activations(StrictModel):
     def _clips_what_is_quantized(self) -> Self:
         if self.clip_ratio != 1 and self.clip_ratios is not None:
             raise ValueError("clip_ratio has no effect with clip_ratios, remove it")
-        for name in ("clip_ratio", "clip_ratios"):
+        for name in ("clip_ratio", "clip_ratios", "group_size"):
             if self.bits == 16 and getattr(self, name) not in (None, 1):
                 raise ValueError(f"{name} has no effect with bits 16, remove it")
         return self
+
+    @property
+    def per(self) -> str:
+        """What has a scale of its own, for instance ``token``."""
+        if self.group_size is None:
+            return "token"
+        return f"token and group of {self.group_size}"
 
     def kept(self, place: str | None = None) -> tuple[float, ...]:
         """Fractions of a range that are kept: one, or one for every layer.
@@ -132,14 +145,30 @@ class Scheme(StrictModel):
     vocab_bits: Literal[8, 16] = 16
     """Embedding and head: 8 is symmetric with one scale per row, 16 unquantized."""
 
+    @model_validator(mode="after")
+    def _groups_are_those_of_the_weights(self) -> Self:
+        size = self.activations.group_size
+        if size is not None and size != self.weights.group_size:
+            raise ValueError(
+                f"activations.group_size {size} with weights.group_size "
+                f"{self.weights.group_size}: scales of both multiply the sum of a "
+                "group, so set the same for both, or leave that of activations out"
+            )
+        return self
+
     @property
     def name(self) -> str:
-        """Canonical scheme name, for instance ``w4a4kv4`` or ``w4a16-g128``."""
+        """Canonical scheme name, for instance ``w4a4kv4`` or ``w4a16-g128``.
+
+        ``-gN`` is the group size of weights, ``-agN`` that of activations.
+        """
         name = f"w{self.weights.bits}a{self.activations.bits}"
         if self.kv_cache.bits != 16:
             name += f"kv{self.kv_cache.bits}"
         if self.weights.group_size is not None:
             name += f"-g{self.weights.group_size}"
+        if self.activations.group_size is not None:
+            name += f"-ag{self.activations.group_size}"
         return name
 
     def with_clip_ratios(self, ratios: ClipRatios) -> Self:
@@ -147,6 +176,7 @@ class Scheme(StrictModel):
         activations = Activations(
             bits=self.activations.bits,
             symmetric=self.activations.symmetric,
+            group_size=self.activations.group_size,
             clip_ratios=ratios,
         )
         return self.model_copy(update={"activations": activations})
@@ -282,7 +312,8 @@ class LoadTimeOptions(StrictModel):
         return validate(cls, data, source)
 
 
-# Name -> (weight bits, activation bits, KV bits); a suffix -gN sets the group size.
+# Name -> (weight bits, activation bits, KV bits). A suffix -gN sets the group size of
+# weights, one more, -agN, that of activations.
 _SCHEMES: dict[str, tuple[int, int, int]] = {
     "w4a4kv4": (4, 4, 4),
     "w4a4": (4, 4, 16),
@@ -307,7 +338,8 @@ def scheme_from_name(
     """The scheme a name such as ``w4a4kv4`` or ``w3a16-g128`` stands for.
 
     Args:
-        name: weights, activations and cache, with an optional group size.
+        name: weights, activations and cache, with an optional group size of weights,
+            and of activations too, as in ``w4a4kv4-g128-ag128``.
         activations_symmetric: symmetric instead of asymmetric activation codes.
         vocab_bits: 8 or 16, of embedding and head.
         clip_ratio: fraction of an activation's range that is kept; where activations
@@ -316,15 +348,17 @@ def scheme_from_name(
     Raises:
         ConfigError: for an unknown name or group size.
     """
-    match = re.fullmatch(r"([a-z0-9]+)(?:-g([1-9][0-9]{0,3}))?", name)
+    size = "[1-9][0-9]{0,3}"
+    match = re.fullmatch(rf"([a-z0-9]+)(?:-g({size}))?(?:-ag({size}))?", name)
     if match is None or match[1] not in _SCHEMES:
         raise ConfigError(
             f"scheme {shorten(name)} does not exist; supported: "
             f"{', '.join(SCHEME_NAMES)}, "
-            "each with an optional group size such as w4a16-g128"
+            "each with an optional group size such as w4a16-g128, of activations too "
+            "in w4a4kv4-g128-ag128"
         )
     weight_bits, activation_bits, kv_bits = _SCHEMES[match[1]]
-    group_size = int(match[2]) if match[2] else None
+    of_weights, of_activations = (int(s) if s else None for s in match.groups()[1:])
     return validate(
         Scheme,
         {
@@ -332,11 +366,12 @@ def scheme_from_name(
                 "bits": weight_bits,
                 # Of 4 or 8 levels, symmetric codes would leave one unused.
                 "symmetric": weight_bits > 3,
-                "group_size": group_size,
+                "group_size": of_weights,
             },
             "activations": {
                 "bits": activation_bits,
                 "symmetric": activations_symmetric,
+                "group_size": of_activations,
                 "clip_ratio": 1.0 if activation_bits == 16 else clip_ratio,
             },
             "kv_cache": {"bits": kv_bits},

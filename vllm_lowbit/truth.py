@@ -34,11 +34,12 @@ def linear_ready(method: "LinearRole", taken_over: str | None = None) -> None:
         if scheme.weights.group_size is None
         else f" per group of {scheme.weights.group_size}"
     )
+    kept = clipped(scheme.activations.kept(INPUTS[method.role]))
     activations = (
         "unquantized"
         if method.weight_only
         else f"int{scheme.activations.bits} {_kind(scheme.activations.symmetric)} "
-        f"per token{clipped(scheme.activations.kept(INPUTS[method.role]))}"
+        f"per {scheme.activations.per}{kept}"
     )
     _log_once(
         f"{_class(method)}: weights {weights}, activations {activations}, "

@@ -210,6 +210,7 @@ def _integer_case(target: str, weight: _Weight, row: configs.Row) -> Case:
             "PTX": target.startswith("sm_"),
             "E4M3": e4m3,
             "IMPRECISE": E4M3_SUMS[target] if e4m3 else None,
+            "TOKEN_GROUPS": False,
         },
         {"enable_fp_fusion": False},
     )

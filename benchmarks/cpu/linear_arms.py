@@ -17,7 +17,7 @@ from vllm_lowbit.kernels.dispatch import select
 from vllm_lowbit.kernels.grid import IntGrid
 from vllm_lowbit.kernels.packing import pack
 from vllm_lowbit.linear_kernels import KERNELS, LinearSpec
-from vllm_lowbit.load_time import LinearRotations, quantize_linear
+from vllm_lowbit.load_time import LinearRotations, activation_grid, quantize_linear
 from vllm_lowbit.schema import Rotation, scheme_from_name
 
 from .checkpoints import round_to_nearest
@@ -190,16 +190,16 @@ def ours_linear(weight: torch.Tensor, rotation: Rotation, scheme: str) -> Prepar
     parsed = scheme_from_name(scheme)
     around = LinearRotations(online_input=rotation)
     made = quantize_linear(weight, [n], [around], parsed.weights)
-    bits, integer = parsed.activations.bits, parsed.activations.bits != 16
+    bits, inputs = parsed.activations.bits, activation_grid(parsed, "")
     spec = LinearSpec(
         n,
         k,
         IntGrid(parsed.weights.bits, parsed.weights.symmetric),
-        IntGrid(bits, parsed.activations.symmetric) if integer else None,
+        inputs,
         rotation.order,
         rotation.stride,
     )
-    operator = "linear_w4a4" if integer else "linear_wna16"
+    operator = "linear_wna16" if inputs is None else "linear_w4a4"
     case = {"weight_bits": parsed.weights.bits, "activation_bits": bits}
     kernel = KERNELS[select(operator, "cpu", **case).backend](spec)
     module: Any = torch.nn.Module()

@@ -56,12 +56,13 @@ struct LowbitFunctions {
                    const float* input_scale, int64_t m, int64_t n, float* y);
   void (*hadamard_quantize)(const LowbitTransform*, const void* x, int type,
                             const float* input_scale, int64_t m, int64_t n, int bits,
-                            int symmetric, float clip_ratio, int8_t* codes,
-                            float* scale, int32_t* zero_point);
+                            int symmetric, float clip_ratio, int64_t groups,
+                            int8_t* codes, float* scale, int32_t* zero_point);
   void (*pack_weight)(const LowbitWeight*, const int8_t* codes, uint8_t* out);
+  // A token has one scale and zero point, or one for each group of the weight.
   void (*linear_w4a4)(const LowbitWeight*, const float* bias, const int8_t* codes,
-                      const float* scale, const int32_t* zero_point, int64_t m,
-                      int type, void* out);
+                      const float* scale, const int32_t* zero_point, int64_t scales,
+                      int64_t m, int type, void* out);
   void (*linear_wna16)(const LowbitWeight*, const float* bias, const void* x,
                        int x_type, int64_t m, int type, void* out);
   void (*linear_tiled)(const void* x, const void* w, const float* bias, int64_t m,
@@ -75,5 +76,5 @@ struct LowbitFunctions {
   void (*linear_packed)(const LowbitTransform*, const float* input_scale,
                         const LowbitWeight*, const float* bias, const void* x,
                         int x_type, int64_t m, int activation_bits, int symmetric,
-                        float clip_ratio, int type, void* out);
+                        float clip_ratio, int64_t groups, int type, void* out);
 };

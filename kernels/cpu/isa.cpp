@@ -44,11 +44,11 @@ void run_hadamard(const LowbitTransform* t, const void* x, int type,
 
 void run_hadamard_quantize(const LowbitTransform* t, const void* x, int type,
                            const float* input_scale, int64_t m, int64_t n, int bits,
-                           int symmetric, float clip_ratio, int8_t* codes,
-                           float* scale, int32_t* zero_point) {
+                           int symmetric, float clip_ratio, int64_t groups,
+                           int8_t* codes, float* scale, int32_t* zero_point) {
   hadamard_quantize(transform_of(t), x, type, input_scale, size_t(m), size_t(n),
-                    Grid{bits, symmetric != 0, false, clip_ratio}, codes, scale,
-                    zero_point);
+                    Grid{bits, symmetric != 0, false, clip_ratio}, size_t(groups),
+                    codes, scale, zero_point);
 }
 
 struct Pack {
@@ -78,9 +78,9 @@ struct Integer {
 };
 
 void run_linear_w4a4(const LowbitWeight* w, const float* bias, const int8_t* codes,
-                     const float* scale, const int32_t* zero_point, int64_t m,
-                     int type, void* out) {
-  const IntegerRows rows{codes, scale, zero_point};
+                     const float* scale, const int32_t* zero_point, int64_t scales,
+                     int64_t m, int type, void* out) {
+  const IntegerRows rows{codes, scale, zero_point, size_t(scales)};
   for_bits(w->bits, Integer{weight_of(w, bias), rows, size_t(m), type, out});
 }
 
@@ -137,21 +137,24 @@ struct Whole {
   int x_type;
   size_t m;
   Grid activations;
+  size_t groups;
   int type;
   void* out;
   template <int BITS>
   void run() const {
-    linear_packed<BITS>(t, input_scale, w, x, x_type, m, activations, type, out);
+    linear_packed<BITS>(t, input_scale, w, x, x_type, m, activations, groups, type,
+                        out);
   }
 };
 
 void run_linear_packed(const LowbitTransform* t, const float* input_scale,
                        const LowbitWeight* w, const float* bias, const void* x,
                        int x_type, int64_t m, int activation_bits, int symmetric,
-                       float clip_ratio, int type, void* out) {
+                       float clip_ratio, int64_t groups, int type, void* out) {
   for_bits(w->bits,
            Whole{transform_of(t), input_scale, weight_of(w, bias), x, x_type, size_t(m),
-                 Grid{activation_bits, symmetric != 0, false, clip_ratio}, type, out});
+                 Grid{activation_bits, symmetric != 0, false, clip_ratio},
+                 size_t(groups), type, out});
 }
 
 }  // namespace

@@ -123,13 +123,13 @@ class Functions(ctypes.Structure):
             CFUNCTYPE(
                 None,
                 *(_TRANSFORM, _P, c_int, _P, c_int64, c_int64, c_int, c_int),
-                *(c_float, _P, _P, _P),
+                *(c_float, c_int64, _P, _P, _P),
             ),
         ),
         ("pack_weight", CFUNCTYPE(None, _WEIGHT, _P, _P)),
         (
             "linear_w4a4",
-            CFUNCTYPE(None, _WEIGHT, _P, _P, _P, _P, c_int64, c_int, _P),
+            CFUNCTYPE(None, _WEIGHT, _P, _P, _P, _P, c_int64, c_int64, c_int, _P),
         ),
         (
             "linear_wna16",
@@ -152,7 +152,7 @@ class Functions(ctypes.Structure):
             CFUNCTYPE(
                 None,
                 *(_TRANSFORM, _P, _WEIGHT, _P, _P, c_int, c_int64),
-                *(c_int, c_int, c_float, c_int, _P),
+                *(c_int, c_int, c_float, c_int64, c_int, _P),
             ),
         ),
     ]

@@ -62,10 +62,12 @@ LOWBIT_INLINE void grid_encode(const Grid& grid, Parameters p, const float* x,
   }
 }
 
+// scale and zero_point are [m, groups], of as many equal parts of a row.
 inline void hadamard_quantize(const Transform& t, const void* x, int type,
                               const float* input_scale, size_t m, size_t n,
-                              const Grid& grid, int8_t* codes, float* scale,
-                              int32_t* zero_point) {
+                              const Grid& grid, size_t groups, int8_t* codes,
+                              float* scale, int32_t* zero_point) {
+  const size_t size = n / groups;
 #pragma omp parallel if (m > 1)
   {
     static thread_local Scratch doubles, floats;
@@ -75,10 +77,14 @@ inline void hadamard_quantize(const Transform& t, const void* x, int type,
     for (size_t r = 0; r < m; ++r) {
       const char* from = static_cast<const char*>(x) + r * n * type_bytes(type);
       scale_and_transform(t, from, type, input_scale, n, work, row);
-      const Parameters p = grid_parameters(grid, range_of(row, n), grid.clip_ratio);
-      scale[r] = p.scale;
-      zero_point[r] = p.zero_point;
-      grid_encode(grid, p, row, n, codes + r * n);
+      for (size_t g = 0; g < groups; ++g) {
+        const float* values = row + g * size;
+        const Parameters p =
+            grid_parameters(grid, range_of(values, size), grid.clip_ratio);
+        scale[r * groups + g] = p.scale;
+        zero_point[r * groups + g] = p.zero_point;
+        grid_encode(grid, p, values, size, codes + r * n + g * size);
+      }
     }
   }
 }

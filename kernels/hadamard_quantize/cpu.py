@@ -20,20 +20,22 @@ def hadamard_quantize(
     bits: int,
     symmetric: bool,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference, bit for bit.
 
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    IntGrid(bits, symmetric, clip_ratio=clip_ratio)
+    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio, group_size=group_size)
     m, n = matrix_shape(x, "x")
     check_blocks(n, order, stride)
+    groups = grid.groups(n)
     if not x.is_contiguous():
         x = x.contiguous()
     codes = torch.empty((m, n), dtype=torch.int8, device="cpu")
-    scale = torch.empty((m, 1), dtype=torch.float32, device="cpu")
-    zero_point = torch.empty((m, 1), dtype=torch.int32, device="cpu")
+    scale = torch.empty((m, groups), dtype=torch.float32, device="cpu")
+    zero_point = torch.empty((m, groups), dtype=torch.int32, device="cpu")
     library.functions().hadamard_quantize(
         byref(arguments(order, stride, False)),
         pointer(x, "x", x.dtype, (m, n)),
@@ -44,6 +46,7 @@ def hadamard_quantize(
         bits,
         symmetric,
         clip_ratio,
+        groups,
         codes.data_ptr(),
         scale.data_ptr(),
         zero_point.data_ptr(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Definition of the online transform and per-token quantization of activations."""
+"""Definition of the online transform and the quantization of activations."""
 
 import torch
 
@@ -34,6 +34,7 @@ def hadamard_quantize(
     bits: int,
     symmetric: bool,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scale and transform each token, then quantize it on its own dynamic grid.
 
@@ -47,16 +48,18 @@ def hadamard_quantize(
         stride: elements between neighbours of one transform.
         bits: code width, 2 to 8.
         symmetric: codes around zero, or affine (see ``grid.py``).
-        clip_ratio: fraction of each token's range that is kept.
+        clip_ratio: fraction of each range that is kept.
+        group_size: neighbouring elements, transformed, that share a range; None for
+            all of a token's.
 
     Returns:
-        codes int8 ``[tokens, n]``, scale float32 ``[tokens, 1]`` and zero_point
-        int32 ``[tokens, 1]``.
+        codes int8 ``[tokens, n]``, scale float32 ``[tokens, groups]`` and zero_point
+        int32 ``[tokens, groups]``, with one group where group_size is None.
 
     Raises:
-        ValueError: for an unsupported width, order or clip_ratio.
+        ValueError: for an unsupported width, order, clip_ratio or group_size.
     """
-    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio)
+    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio, group_size=group_size)
     return grid.quantize(transform(x, input_scale, order, stride))
 
 
@@ -70,6 +73,7 @@ def rms_norm_hadamard_quantize(
     bits: int,
     symmetric: bool,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`hadamard_quantize` of the RMS-normalised x, which stays in float32.
 
@@ -78,14 +82,14 @@ def rms_norm_hadamard_quantize(
         weight: float ``[n]``, of the norm (Zhang and Sennrich, Root Mean Square Layer
             Normalization, 2019).
         epsilon: added to the mean of squares.
-        input_scale, order, stride, bits, symmetric, clip_ratio: as in
+        input_scale, order, stride, bits, symmetric, clip_ratio, group_size: as in
             hadamard_quantize.
     """
     values = x.float()
     factor = torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
     normed = values * factor * weight.float()
     return hadamard_quantize(
-        normed, input_scale, order, stride, bits, symmetric, clip_ratio
+        normed, input_scale, order, stride, bits, symmetric, clip_ratio, group_size
     )
 
 
@@ -97,17 +101,18 @@ def swiglu_hadamard_quantize(
     bits: int,
     symmetric: bool,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`hadamard_quantize` of ``silu(gate) * up``, which stays in float32.
 
     Args:
         x: ``[tokens, 2 n]``: gate, then up (Shazeer, GLU Variants Improve
             Transformer, 2020).
-        input_scale, order, stride, bits, symmetric, clip_ratio: as in
+        input_scale, order, stride, bits, symmetric, clip_ratio, group_size: as in
             hadamard_quantize.
     """
     gate, up = x.float().chunk(2, dim=-1)
     gated = torch.nn.functional.silu(gate) * up
     return hadamard_quantize(
-        gated, input_scale, order, stride, bits, symmetric, clip_ratio
+        gated, input_scale, order, stride, bits, symmetric, clip_ratio, group_size
     )

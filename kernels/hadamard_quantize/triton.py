@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online transform and quantization of activations on a GPU, in one kernel.
+"""Online transform and quantization of activations on a GPU.
+
+One kernel does both, unless groups have ranges of their own: then transformed values
+are written, and quantized by a second one.
 
 Rows that fit a tile (see ``hadamard/triton.py``: by chip 8192 or 16384 elements with a
 transform across them, 16384 with blocks up to 128) are read once and written as codes.
@@ -12,13 +15,15 @@ TRANSFORM_ERROR (e) of the largest of its row. So scales are within 2 e of the
 reference's, relatively, and a zero point or code differs by one, only where the
 reference's, before it is rounded, lies within 3 e times the number of steps of the grid
 of halfway between two. A row is taken for constant (see ``grid.py``) when its float32
-transform is.
+transform is. In groups, all of this holds of the values that the second kernel reads:
+they are off by at most e of the largest of their row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 
 from ..gpu.checks import FLOATS, check_optional, check_tensor
 from ..gpu.target import architecture
@@ -26,7 +31,7 @@ from ..grid import IntGrid
 from ..hadamard.reference import check_blocks
 from ..hadamard.triton import DOT, Blocks, Tile, blocks_of, scaling, tile_of
 from .triton_blocks import blocks_kernel
-from .triton_kernel import row_kernel, tile_kernel
+from .triton_kernel import groups_kernel, row_kernel, tile_kernel
 
 TRANSFORM_ERROR = 2.0**-13
 PLAIN, RMS_NORM, SWIGLU = 0, 1, 2
@@ -46,13 +51,14 @@ def hadamard_quantize(
     bits: int,
     symmetric: bool,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference, within the bounds above.
 
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio)
+    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio, group_size=group_size)
     call = _Call(order, stride, False, grid)
     return _quantized(call.run(x, input_scale))
 
@@ -67,15 +73,15 @@ def rms_norm_hadamard_quantize(
     bits: int,
     symmetric: bool,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference of this name, within the bounds above.
 
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    call = _Call(
-        order, stride, False, IntGrid(bits, symmetric, clip_ratio=clip_ratio), RMS_NORM
-    )
+    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio, group_size=group_size)
+    call = _Call(order, stride, False, grid, RMS_NORM)
     return _quantized(call.run(x, input_scale, weight, epsilon))
 
 
@@ -87,15 +93,15 @@ def swiglu_hadamard_quantize(
     bits: int,
     symmetric: bool,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the reference of this name, within the bounds above.
 
     Raises:
         ValueError: as the reference, or for arguments of another form.
     """
-    call = _Call(
-        order, stride, False, IntGrid(bits, symmetric, clip_ratio=clip_ratio), SWIGLU
-    )
+    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio, group_size=group_size)
+    call = _Call(order, stride, False, grid, SWIGLU)
     return _quantized(call.run(x, input_scale))
 
 
@@ -144,6 +150,10 @@ class _Call:
         epsilon: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Codes (or values), scale and zero point of the rows of x."""
+        grouped = self.grid is not None and self.grid.group_size is not None
+        if grouped and self.order > 1:
+            values, _, _ = replace(self, grid=None).run(x, input_scale, weight, epsilon)
+            return replace(self, order=1, stride=1, prologue=PLAIN).run(values, None)
         if x.dim() == 2 and x.stride(1) != 1:
             x = x.contiguous()
         # Rows may lie apart, as slices of a wider matrix do.
@@ -162,12 +172,16 @@ class _Call:
         out = torch.empty((m, n), dtype=out_dtype, device=device)
         scale = zero_point = None
         if self.grid is not None:
-            scale = torch.empty((m, 1), dtype=torch.float32, device=device)
-            zero_point = torch.empty((m, 1), dtype=torch.int32, device=device)
+            form = m, self.grid.groups(n)
+            scale = torch.empty(form, dtype=torch.float32, device=device)
+            zero_point = torch.empty(form, dtype=torch.int32, device=device)
         result = out, scale, zero_point
         if m == 0:
             return result
         operands = (x, weight, input_scale)
+        if grouped:
+            self._groups(operands, epsilon, result)
+            return result
         if self.order == 1:
             self._rows(operands, epsilon, result)
             return result
@@ -192,6 +206,33 @@ class _Call:
             # Every step of the grid is rounded by itself.
             "enable_fp_fusion": False,
         }
+
+    def _groups(self, operands: _Operands, epsilon: float, result: _Result) -> None:
+        x, weight, input_scale = operands
+        out, scale, zero_point = result
+        m, n = out.shape
+        assert self.grid is not None and self.grid.group_size is not None
+        size = self.grid.group_size
+        if _ROW_BLOCK % size:
+            raise ValueError(f"group_size must divide {_ROW_BLOCK}, got {size}")
+        constants = self._constants(input_scale)
+        del constants["QUANTIZE"]
+        groups_kernel[(m, triton.cdiv(n, _ROW_BLOCK))](
+            x,
+            x if weight is None else weight,
+            x if input_scale is None else input_scale,
+            out,
+            scale,
+            zero_point,
+            x.stride(0),
+            epsilon,
+            self.grid.clip_ratio,
+            n,
+            GROUP=size,
+            BLOCK=_ROW_BLOCK,
+            num_warps=8,
+            **constants,
+        )
 
     def _rows(self, operands: _Operands, epsilon: float, result: _Result) -> None:
         x, weight, input_scale = operands

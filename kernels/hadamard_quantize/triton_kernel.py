@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of ``hadamard_quantize/triton.py``; a program is a token."""
+"""The kernels of ``hadamard_quantize/triton.py``; a program is a token, or a part."""
 
 import triton
 import triton.language as tl
@@ -112,6 +112,58 @@ def tile_kernel(
         tl.store(zero_ptr + token, zero)
         x = grid_encode(x, inverse, zero, broken, CODE_MIN, CODE_MAX)
     tl.store(out_ptr + token * N + at, x, mask=mask)
+
+
+@triton.jit
+def groups_kernel(
+    x_ptr,
+    weight_ptr,
+    input_scale_ptr,
+    out_ptr,
+    scale_ptr,
+    zero_ptr,
+    x_stride,
+    epsilon,
+    clip_ratio,
+    N,
+    PROLOGUE: tl.constexpr,
+    SCALED: tl.constexpr,
+    CODE_MIN: tl.constexpr,
+    CODE_MAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of a token, every GROUP of them on a grid of its own."""
+    token = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + token * x_stride
+    factor = 1.0
+    if PROLOGUE == 1:
+        factor = rms_factor(row_ptr, N, epsilon, BLOCK)
+    group = tl.program_id(1) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = at < N
+    x = read(
+        row_ptr, weight_ptr, input_scale_ptr, at, mask, N, factor, PROLOGUE, SCALED
+    )
+    odd = tl.where(tl.abs(x) < float("inf"), 0, 1)
+    broken = tl.max(odd, axis=1) > 0
+    scale, inverse, zero = grid_parameters(
+        tl.min(x, axis=1),
+        tl.max(x, axis=1),
+        broken,
+        clip_ratio,
+        CODE_MIN,
+        CODE_MAX,
+        SYMMETRIC,
+    )
+    of_group = token * (N // GROUP) + group
+    tl.store(scale_ptr + of_group, scale, mask=group < N // GROUP)
+    tl.store(zero_ptr + of_group, zero, mask=group < N // GROUP)
+    codes = grid_encode(
+        x, inverse[:, None], zero[:, None], broken[:, None], CODE_MIN, CODE_MAX
+    )
+    tl.store(out_ptr + token * N + at, codes, mask=mask)
 
 
 @triton.jit

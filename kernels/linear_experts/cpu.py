@@ -24,6 +24,7 @@ def linear_experts(
     weight_bits: int,
     out_dtype: torch.dtype,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """As the reference; each pair is bit for bit ``linear_packed`` of its token.
 
@@ -35,7 +36,7 @@ def linear_experts(
         input_scale: float32 ``[k]`` or ``[experts, k]``, or None.
         weight, weight_scale, weight_zero, weight_sum: PackedWeights, stacked.
         order, stride, activation_bits, symmetric, n, weight_bits, out_dtype,
-            clip_ratio: as for ``linear_packed``.
+            clip_ratio, group_size: as for ``linear_packed``.
 
     Raises:
         ValueError: for arguments of another form.
@@ -58,6 +59,7 @@ def linear_experts(
             weight_bits,
             out_dtype,
             clip_ratio,
+            group_size,
         )
 
     return over_experts(x, rows, offsets, len(weight), n, out_dtype, linear)

@@ -24,6 +24,7 @@ def linear_experts(
     weight_max: int,
     out_dtype: torch.dtype,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """As the reference; each pair is bit for bit the generic linear of its token.
 
@@ -33,7 +34,7 @@ def linear_experts(
         weight_scale: float32 ``[experts, n, groups]``.
         weight_max: bound on ``|weight|``.
         x, rows, offsets, input_scale, order, stride, activation_bits, symmetric,
-            out_dtype, clip_ratio: as for ``cpu.linear_experts``.
+            out_dtype, clip_ratio, group_size: as for ``cpu.linear_experts``.
 
     Raises:
         ValueError: for arguments of another form.
@@ -46,11 +47,9 @@ def linear_experts(
             if order > 1 or scaled_by is not None:
                 tokens = transform(tokens, scaled_by, order, stride)
             return linear_wna16(tokens, own, scale, None, weight_max, out_dtype)
-        grid = IntGrid(activation_bits, symmetric, clip_ratio=clip_ratio)
-        quantized = hadamard_quantize(
-            tokens, scaled_by, order, stride, activation_bits, symmetric, clip_ratio
-        )
-        largest = grid.max_difference
+        largest = IntGrid(activation_bits, symmetric).max_difference
+        form = order, stride, activation_bits, symmetric, clip_ratio, group_size
+        quantized = hadamard_quantize(tokens, scaled_by, *form)
         return linear_w4a4(*quantized, own, scale, None, largest, weight_max, out_dtype)
 
     n = weight.shape[1]

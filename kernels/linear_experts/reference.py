@@ -60,6 +60,7 @@ def linear_experts(
                 activations.bits,
                 activations.symmetric,
                 activations.clip_ratio,
+                activations.group_size,
             )
             out[pair] = linear_w4a4(
                 *quantized, codes[expert], scale[expert], zero, None, out_dtype

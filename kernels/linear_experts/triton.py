@@ -39,8 +39,8 @@ def linear_experts_w4a4(
 
     Args:
         codes: int8 ``[tokens, k]``.
-        scale: float32 ``[tokens, 1]``.
-        zero_point: int32 ``[tokens, 1]``, None for symmetric activations.
+        scale: float32 ``[tokens, 1]`` or ``[tokens, groups]``.
+        zero_point: int32 of that shape, None for symmetric activations.
         rows: int64 ``[pairs]``, the token of each pair; values are not checked.
         offsets: int32 ``[experts + 1]``, pairs of expert e are
             ``offsets[e]:offsets[e + 1]``; values are not checked.
@@ -68,8 +68,7 @@ def linear_experts_w4a4(
     form = experts, groups, n
     check_optional(weight_zero, "weight_zero", (torch.int32,), form, device)
     check_tensor(weight_sum, "weight_sum", (torch.int32,), form, device)
-    check_tensor(scale, "scale", (torch.float32,), (m, 1), device)
-    check_optional(zero_point, "zero_point", (torch.int32,), (m, 1), device)
+    integer.check_tokens(scale, zero_point, m, groups, device)
     sent = _checked(rows, offsets, experts, device)
     check_out_dtype(out_dtype)
     activations = activation_bits, zero_point

@@ -10,7 +10,7 @@ namespace LOWBIT_ISA {
 template <int BITS>
 void linear_packed(const Transform& t, const float* input_scale, const Weight& w,
                    const void* x, int x_type, size_t m, const Grid& grid,
-                   int type, void* out) {
+                   size_t groups, int type, void* out) {
   static thread_local Scratch values, scales, zeros;
   if (grid.bits == 16) {
     if (t.order > 1 || input_scale != nullptr) {
@@ -23,10 +23,11 @@ void linear_packed(const Transform& t, const float* input_scale, const Weight& w
     return;
   }
   int8_t* codes = values.take<int8_t>(m * w.k);
-  float* scale = scales.take<float>(m);
-  int32_t* zero_point = zeros.take<int32_t>(m);
-  hadamard_quantize(t, x, x_type, input_scale, m, w.k, grid, codes, scale, zero_point);
-  const IntegerRows rows{codes, scale, zero_point};
+  float* scale = scales.take<float>(m * groups);
+  int32_t* zero_point = zeros.take<int32_t>(m * groups);
+  hadamard_quantize(t, x, x_type, input_scale, m, w.k, grid, groups, codes, scale,
+                    zero_point);
+  const IntegerRows rows{codes, scale, zero_point, groups};
   linear<BITS>(rows, w, m, type, out);
 }
 

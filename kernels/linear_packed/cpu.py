@@ -20,11 +20,14 @@ from ..linear_wna16.cpu import DIGIT_MAX
 
 
 @functools.lru_cache(maxsize=256)
-def _code_max(bits: int, symmetric: bool, clip_ratio: float) -> int:
-    """Bound on the integers that a weight is multiplied with."""
+def _bound_and_groups(
+    bits: int, symmetric: bool, clip_ratio: float, group_size: int | None, k: int
+) -> tuple[int, int]:
+    """Bound on the integers that a weight is multiplied with, and scales of a token."""
     if bits == 16:
-        return DIGIT_MAX
-    return IntGrid(bits, symmetric, clip_ratio=clip_ratio).max_difference
+        return DIGIT_MAX, 1
+    grid = IntGrid(bits, symmetric, clip_ratio=clip_ratio, group_size=group_size)
+    return grid.max_difference, grid.groups(k)
 
 
 def linear_packed(
@@ -43,6 +46,7 @@ def linear_packed(
     weight_bits: int,
     out_dtype: torch.dtype,
     clip_ratio: float = 1.0,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """Transform x, quantize it unless activation_bits is 16, and multiply.
 
@@ -59,15 +63,24 @@ def linear_packed(
         weight_bits: of the weight.
         out_dtype: of the result ``[tokens, n]``.
         clip_ratio: of the activations' grid.
+        group_size: of the activations' grid; that of the weight, or None for one scale
+            a token.
 
     Raises:
-        ValueError: for arguments of another form, or sums that might not fit int32.
+        ValueError: for arguments of another form, groups that are not the weight's, or
+            sums that might not fit int32.
     """
     m, k = matrix_shape(x, "x")
     check_blocks(k, order, stride)
-    code_max = _code_max(activation_bits, symmetric, clip_ratio)
+    form = activation_bits, symmetric, clip_ratio, group_size
+    code_max, groups = _bound_and_groups(*form, k)
     packed = PackedWeight(weight, weight_scale, weight_zero, weight_sum)
     arguments = arguments_of(packed, n, k, weight_bits, code_max)
+    if groups not in (1, arguments.groups):
+        raise ValueError(
+            f"group_size {group_size} makes {groups} groups of {k} columns, the weight "
+            f"has {arguments.groups}"
+        )
     if not x.is_contiguous():
         x = x.contiguous()
     bias = None if bias is None else bias.float()
@@ -83,6 +96,7 @@ def linear_packed(
         activation_bits,
         symmetric,
         clip_ratio,
+        groups,
         type_code(out_dtype, "out_dtype"),
         out.data_ptr(),
     )

@@ -93,8 +93,9 @@ struct IntegerRows {
   static constexpr int DIGITS = 1;
   using Total = float;
   const int8_t* codes;        // [m, k]
-  const float* scale;         // [m]
-  const int32_t* zero_point;  // [m]
+  const float* scale;         // [m, scales]
+  const int32_t* zero_point;  // [m, scales]
+  size_t scales;              // of a token: 1, or one for each group of the weight
 
   LOWBIT_INLINE void load(size_t token, size_t k, size_t from, size_t columns,
                           int8_t* out, size_t) const {
@@ -106,13 +107,16 @@ struct IntegerRows {
                          const int32_t* digit_sums, bool first, float* total) const {
     const float* ws = w.scale + group * ld + channel;
     const int32_t* sum = w.sum + group * ld + channel;
-    const uint32_t az = uint32_t(zero_point[token]);
+    const size_t at = token * scales + (scales == 1 ? 0 : group);
+    const uint32_t az = uint32_t(zero_point[at]);
+    // Times 1, exactly, where finish() scales.
+    const float factor = scales == 1 ? 1.0f : scale[at];
     const uint32_t column_sum = uint32_t(digit_sums[0]);
     if (w.zero == nullptr) {
       const uint32_t shift = column_sum << (w.bits - 1);
       for (int c = 0; c < count; ++c) {
         const uint32_t acc = uint32_t(sums[c]) - shift - az * uint32_t(sum[c]);
-        const float part = float(int32_t(acc)) * ws[c];
+        const float part = float(int32_t(acc)) * ws[c] * factor;
         total[c] = first ? part : total[c] + part;
       }
     } else {
@@ -120,14 +124,14 @@ struct IntegerRows {
       for (int c = 0; c < count; ++c) {
         const uint32_t acc = uint32_t(sums[c]) - column_sum * uint32_t(zero[c]) -
                              az * uint32_t(sum[c]);
-        const float part = float(int32_t(acc)) * ws[c];
+        const float part = float(int32_t(acc)) * ws[c] * factor;
         total[c] = first ? part : total[c] + part;
       }
     }
   }
   LOWBIT_INLINE void finish(size_t token, const float* bias, int count, float* total,
                             float* out) const {
-    const float factor = scale[token];
+    const float factor = scales == 1 ? scale[token] : 1.0f;
     for (int c = 0; c < count; ++c) out[c] = total[c] * factor;
     if (bias != nullptr) {
       for (int c = 0; c < count; ++c) out[c] += bias[c];

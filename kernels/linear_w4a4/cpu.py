@@ -22,7 +22,7 @@ from ..cpu.library import (
     type_code,
 )
 from ..packing import PACKABLE_BITS
-from .reference import check_int32
+from .reference import check_int32, check_scales
 
 # Columns and bytes (over 16 channels) of a chunk.
 _CHUNKS = {2: (16, 64), 3: (32, 192), 4: (8, 64), 6: (16, 192), 8: (4, 64)}
@@ -250,8 +250,8 @@ def linear_w4a4(
 
     Args:
         codes: int8 ``[tokens, k]``.
-        scale: float32 ``[tokens, 1]``.
-        zero_point: int32 ``[tokens, 1]``.
+        scale: float32 ``[tokens, 1]`` or ``[tokens, groups]``.
+        zero_point: int32, of that shape.
         weight: from :func:`pack`.
         n: output channels.
         bits: of the weight.
@@ -264,14 +264,17 @@ def linear_w4a4(
     """
     m, k = matrix_shape(codes, "codes")
     arguments = arguments_of(weight, n, k, bits, code_max)
+    _, scales = matrix_shape(scale, "scale")
+    check_scales(scale, "scale", arguments.groups)
     out = torch.empty((m, n), dtype=out_dtype, device="cpu")
     bias = None if bias is None else bias.float()
     library.functions().linear_w4a4(
         byref(arguments),
         optional_pointer(bias, "bias", torch.float32, (n,)),
         pointer(codes, "codes", torch.int8, (m, k)),
-        pointer(scale, "scale", torch.float32, (m, 1)),
-        pointer(zero_point, "zero_point", torch.int32, (m, 1)),
+        pointer(scale, "scale", torch.float32, (m, scales)),
+        pointer(zero_point, "zero_point", torch.int32, (m, scales)),
+        scales,
         m,
         type_code(out_dtype, "out_dtype"),
         out.data_ptr(),

@@ -4,7 +4,7 @@
 import torch
 
 from ..exact import exact_matmul
-from .reference import check_groups, check_int32, epilogue
+from .reference import check_groups, check_int32, check_scales, epilogue
 
 
 def prepare(
@@ -37,22 +37,24 @@ def accumulators(
 
     Args:
         codes: int8 ``[tokens, k]``.
-        zero_point: int32 ``[tokens, 1]``.
+        zero_point: int32 ``[tokens, groups]``, or ``[tokens, 1]`` for all groups.
         weight: from :func:`prepare`.
         groups: number of groups along k.
         code_max: bound on ``|codes - zero_point|``.
         weight_max: bound on ``|weight|``.
 
     Raises:
-        ValueError: when the groups do not divide k, or sums might not fit int32.
+        ValueError: when the groups do not divide k, zero_point has another number of
+            them, or sums might not fit int32.
     """
     check_groups(codes, weight, groups)
+    check_scales(zero_point, "zero_point", groups)
     check_int32(code_max * weight_max * (weight.shape[1] // groups))
-    a = codes.to(torch.int16) - zero_point.to(torch.int16)
-    size = weight.shape[1] // groups
+    a = codes.to(torch.int16).unflatten(-1, (groups, -1))
+    a = a - zero_point.to(torch.int16).unsqueeze(-1)
+    w = weight.unflatten(-1, (groups, -1))
     parts = [
-        exact_matmul(a[:, part], weight[:, part], code_max, weight_max)
-        for part in (slice(i * size, (i + 1) * size) for i in range(groups))
+        exact_matmul(a[:, i], w[:, i], code_max, weight_max) for i in range(groups)
     ]
     return torch.stack(parts, dim=1).to(torch.int32)
 

@@ -13,22 +13,24 @@ def accumulators(
 ) -> torch.Tensor:
     """Integer sums, one per weight group: int32 ``[tokens, groups, n]``.
 
-    ``acc[m, g, n] = sum_k (codes[m, k] - zero_point[m]) * (weight[n, k] - wz[n, g])``
-    over the k of group g.
+    ``acc[m, g, n] = sum_k (codes[m, k] - z[m, g]) * (weight[n, k] - wz[n, g])`` over
+    the k of group g.
 
     Args:
         codes: int8 ``[tokens, k]``.
-        zero_point: int32 ``[tokens, 1]``.
+        zero_point: int32 z ``[tokens, groups]``, or ``[tokens, 1]`` for all groups.
         weight: int8 codes ``[n, k]``.
         weight_zero_point: int8 or int32 ``[n, groups]``, None when symmetric.
         groups: number of groups along k.
 
     Raises:
-        ValueError: when the groups do not divide k, or a sum does not fit int32.
+        ValueError: when the groups do not divide k, zero_point has another number of
+            them, or a sum does not fit int32.
     """
     check_groups(codes, weight, groups)
+    check_scales(zero_point, "zero_point", groups)
     # float64 holds these sums exactly.
-    a = (codes.double() - zero_point).unflatten(-1, (groups, -1))
+    a = codes.double().unflatten(-1, (groups, -1)) - zero_point.unsqueeze(-1)
     w = weight.double().unflatten(-1, (groups, -1))
     if weight_zero_point is not None:
         w = w - weight_zero_point.double().unsqueeze(-1)
@@ -45,6 +47,13 @@ def check_groups(x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
             f"activations have {x.shape[-1]} columns, the weight "
             f"{weight.shape[-1]}, in {groups} groups"
         )
+
+
+def check_scales(values: torch.Tensor, name: str, groups: int) -> None:
+    """Raise ValueError unless tokens have one value, or one for each group."""
+    if values.shape[-1] not in (1, groups):
+        more = f" or {groups}, the groups of the weight" if groups > 1 else ""
+        raise ValueError(f"{name} must have 1 column{more}, got {list(values.shape)}")
 
 
 def check_int32(magnitude: int) -> None:
@@ -65,20 +74,35 @@ def epilogue(
 ) -> torch.Tensor:
     """From accumulators to the output; the order of operations is normative.
 
-    float32 throughout, each step rounded: ``acc * weight_scale`` per group, groups
-    added in ascending order, then ``* scale``, then ``+ bias``, then the cast.
+    float32 throughout, each step rounded. With one scale for a token: ``acc *
+    weight_scale`` per group, groups added in ascending order, then ``* scale``. With
+    one for each group: ``acc * weight_scale * scale`` per group, from left to right,
+    groups added in ascending order. Then ``+ bias``, then the cast. With one group
+    both are the same.
 
     Args:
         acc: int32 ``[tokens, groups, n]``.
-        scale: float32 ``[tokens, 1]``.
+        scale: float32 ``[tokens, 1]`` or ``[tokens, groups]``.
         weight_scale: float32 ``[n, groups]``.
         bias: float ``[n]`` or None.
         out_dtype: dtype of the result ``[tokens, n]``.
+
+    Raises:
+        ValueError: when scale has another number of groups.
     """
-    total = acc[:, 0].float() * weight_scale[:, 0]
-    for group in range(1, acc.shape[1]):
-        total = total + acc[:, group].float() * weight_scale[:, group]
-    total = total * scale
+    groups = acc.shape[1]
+    check_scales(scale, "scale", groups)
+    per_token = scale.shape[1] == 1
+
+    def part(group: int) -> torch.Tensor:
+        scaled = acc[:, group].float() * weight_scale[:, group]
+        return scaled if per_token else scaled * scale[:, group : group + 1]
+
+    total = part(0)
+    for group in range(1, groups):
+        total = total + part(group)
+    if per_token:
+        total = total * scale
     if bias is not None:
         total = total + bias.float()
     return total.to(out_dtype)

@@ -22,7 +22,7 @@ from ..gpu.split import reduce_parts
 from ..gpu.target import E4M3_SUMS, architecture, inline_ptx, processors
 from ..gpu.tiles import Sent, row_tiles
 from ..gpu.weights import GpuWeight, group_size_of, padded, row_bytes
-from .reference import check_int32
+from .reference import check_int32, check_scales
 from .triton_kernel import linear_kernel
 
 # |code| <= 128 times 16 |code| <= 128, summed over K, fits int32 below this.
@@ -47,8 +47,8 @@ def linear_w4a4(
 
     Args:
         codes: int8 ``[tokens, k]``.
-        scale: float32 ``[tokens, 1]``.
-        zero_point: int32 ``[tokens, 1]``, None for symmetric activations.
+        scale: float32 ``[tokens, 1]`` or ``[tokens, groups]``.
+        zero_point: int32 of that shape, None for symmetric activations.
         weight, weight_scale, weight_zero, weight_sum: a GpuWeight.
         bias: float ``[n]`` or None.
         activation_bits: 2 to 8, of the codes, whose values are not checked.
@@ -73,8 +73,7 @@ def linear_w4a4(
     check_tensor(weight_scale, "weight_scale", (torch.float32,), form, device)
     check_optional(weight_zero, "weight_zero", (torch.int32,), form, device)
     check_tensor(weight_sum, "weight_sum", (torch.int32,), form, device)
-    check_tensor(scale, "scale", (torch.float32,), (m, 1), device)
-    check_optional(zero_point, "zero_point", (torch.int32,), (m, 1), device)
+    check_tokens(scale, zero_point, m, groups, device)
     check_optional(bias, "bias", FLOATS, (n,), device)
     check_out_dtype(out_dtype)
     check_sums(k, groups, (activation_bits, zero_point), (bits, weight_zero))
@@ -91,6 +90,20 @@ def linear_w4a4(
         config,
     )
     return out
+
+
+def check_tokens(
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    m: int,
+    groups: int,
+    device: torch.device,
+) -> None:
+    """Raise ValueError unless m tokens have one scale, or one for each group."""
+    check_tensor(scale, "scale", (torch.float32,), (m, None), device)
+    check_scales(scale, "scale", groups)
+    form = m, scale.shape[1]
+    check_optional(zero_point, "zero_point", (torch.int32,), form, device)
 
 
 def check_sums(
@@ -201,6 +214,7 @@ def launch(
         scale if bias is None else bias,
     ]
     flags = {"ZERO": zero_point is not None, "BIAS": bias is not None}
+    of_groups = scale.shape[1] > 1
     tiles = row_tiles(m, config.block_m, sent)
     linear_kernel[(tiles.number * triton.cdiv(n, config.block_n), split)](
         codes,
@@ -219,6 +233,7 @@ def launch(
         GROUP=group_size,
         NIBBLES=nibbles,
         WEIGHT_ZERO=kind.zeros,
+        TOKEN_GROUPS=of_groups,
         EVEN_K=k % 128 == 0,
         PARTS=split,
         BLOCK_M=config.block_m,
@@ -249,7 +264,7 @@ def launch(
             PARTS=split,
             INTEGER=group_size == 0,
             CHANNEL=group_size == 0,
-            TOKEN=True,
+            TOKEN=not of_groups,
             BLOCK=REDUCE_BLOCK,
             enable_fp_fusion=False,
             **flags,

@@ -122,16 +122,22 @@ def _add_group(
     groups,
     columns,
     N,
+    token,
     zero,
+    token_ptr,
+    zero_ptr,
     scale_ptr,
     weight_zero_ptr,
     sum_ptr,
     UNIT: tl.constexpr,
     ZERO: tl.constexpr,
     WEIGHT_ZERO: tl.constexpr,
+    TOKEN_GROUPS: tl.constexpr,
     SWAP: tl.constexpr,
 ):
     """Correct the sums of a group by the zero points, scale and add them.
+
+    With TOKEN_GROUPS a token has a scale and a zero point of its own in every group.
 
     acc is UNIT times the sums of codes; the product with the scale over UNIT, a power
     of two, rounds as that of the plain sums with the scale would. float32 sums are of
@@ -143,11 +149,19 @@ def _add_group(
     if WEIGHT_ZERO:
         shift = tl.load(weight_zero_ptr + at, mask=exists, other=0).to(acc.dtype) * UNIT
         acc -= _by_channel(shift, SWAP) * _by_token(row_sum.to(acc.dtype), SWAP)
+    if TOKEN_GROUPS:
+        # What there is no group for is multiplied with a scale of 0.
+        of_group = token.to(tl.int64) * groups + tl.minimum(group, groups - 1)
+        if ZERO:
+            zero = tl.load(zero_ptr + of_group)
     if ZERO:
         sums = tl.load(sum_ptr + at, mask=exists, other=0).to(acc.dtype) * UNIT
         acc -= _by_channel(sums, SWAP) * _by_token(zero.to(acc.dtype), SWAP)
     scale = tl.load(scale_ptr + at, mask=exists, other=0.0) * (1.0 / UNIT)
-    return total + acc.to(tl.float32) * _by_channel(scale, SWAP)
+    part = acc.to(tl.float32) * _by_channel(scale, SWAP)
+    if TOKEN_GROUPS:
+        part = part * _by_token(tl.load(token_ptr + of_group), SWAP)
+    return total + part
 
 
 @triton.jit
@@ -174,6 +188,7 @@ def linear_kernel(
     NIBBLES: tl.constexpr,
     ZERO: tl.constexpr,
     WEIGHT_ZERO: tl.constexpr,
+    TOKEN_GROUPS: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -188,7 +203,8 @@ def linear_kernel(
     """A tile of ``out [M, N]``, or of one part of split-K in ``out [PARTS, M, N]``.
 
     A step is one block of codes: 128 columns, or of groups below that two groups
-    (nibbles) or one (bytes). GROUP is 0 for one scale a channel. With EXPERTS a row is
+    (nibbles) or one (bytes). GROUP is 0 for one scale a channel. With TOKEN_GROUPS
+    tokens have scales and zero points ``[M, groups]``, else one. With EXPERTS a row is
     a pair of token and expert, see ``gpu/tiles.py``. E4M3 takes nibbles and codes of 4
     bits; IMPRECISE is None where the matrix units may add up any K.
     """
@@ -226,7 +242,7 @@ def linear_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.int32)
     zero = tl.zeros((BLOCK_M,), tl.int32)
-    if ZERO:
+    if ZERO and not TOKEN_GROUPS:
         zero = tl.load(zero_ptr + token)
 
     PER_GROUP: tl.constexpr = 1 if GROUP == 0 or NARROW else GROUP // 128
@@ -259,13 +275,17 @@ def linear_kernel(
                     groups,
                     column,
                     N,
+                    token,
                     zero,
+                    token_ptr,
+                    zero_ptr,
                     scale_ptr,
                     weight_zero_ptr,
                     sum_ptr,
                     UNIT,
                     ZERO,
                     WEIGHT_ZERO,
+                    TOKEN_GROUPS,
                     SWAP,
                 )
         else:
@@ -294,13 +314,17 @@ def linear_kernel(
                     groups,
                     column,
                     N,
+                    token,
                     zero,
+                    token_ptr,
+                    zero_ptr,
                     scale_ptr,
                     weight_zero_ptr,
                     sum_ptr,
                     UNIT,
                     ZERO,
                     WEIGHT_ZERO,
+                    TOKEN_GROUPS,
                     SWAP,
                 )
 
@@ -322,7 +346,9 @@ def linear_kernel(
         result = result.to(tl.float32)
         if GROUP == 0:
             result = result * tl.load(scale_ptr + column)[None, :]
-        result = epilogue(result, token_ptr, bias_ptr, token, column, True, BIAS)
+        result = epilogue(
+            result, token_ptr, bias_ptr, token, column, not TOKEN_GROUPS, BIAS
+        )
     at = (tl.cast(part, tl.int64) * M + rows[:, None].to(tl.int64)) * N
     inside = (rows < end)[:, None] & (columns < N)[None, :]
     value = result.to(out_ptr.dtype.element_ty)

@@ -242,6 +242,14 @@ def test_clipped_inputs_are_named() -> None:
     assert "clip_ratios" not in text
 
 
+def test_groups_of_inputs_are_named() -> None:
+    scheme = scheme_from_name("w4a4kv4-g64-ag64")
+    config = CARD.config.model_copy(update={"scheme": scheme})
+    text = render_card(replace(CARD, config=config))
+    assert "int4 symmetric, one scale per 64 inputs of an output channel |" in text
+    assert "dynamic, one scale per token and group of 64 |" in text
+
+
 @pytest.mark.parametrize(
     ("clip", "line"),
     [

@@ -275,6 +275,10 @@ def test_the_same_checkpoint_gives_the_same_bytes(make: Make, tmp_path: Path) ->
             ["weights.group_size is 64", "choose the scheme w8a8"],
         ),
         (
+            {"scheme": "w8a8-g64-ag64"},
+            ["activations.group_size is 64: stock vLLM takes one scale per token"],
+        ),
+        (
             {"scheme": "w4a16", "vocab_bits": 8},
             ["vocab_bits is 8", "calibrate with --vocab-bits 16"],
         ),

@@ -12,6 +12,7 @@ from vllm_lowbit.calibrate.observe import PLACES, Observation, observe
 from vllm_lowbit.calibrate.qsur import log_qsur
 from vllm_lowbit.calibrate.reference_model import ReferenceModel
 from vllm_lowbit.errors import ConfigError
+from vllm_lowbit.kernels.grid import IntGrid, decode
 
 ROTATIONS = {
     "residual": {"apply": "folded", "order": 128, "block": 128, "sign_seed": 3},
@@ -151,6 +152,22 @@ def test_stages_of_transforms(seen: Observation) -> None:
     assert stages["self_attn.o_proj"] == ["base model", "folded transforms"]
     assert stages["mlp.down_proj"][0] == "base model"
     assert stages["mlp.down_proj"][-1] == "online Hadamard"
+
+
+def test_groups_of_activations(
+    tmp_path: Path, base: str, windows: list[torch.Tensor], lowbit_checkpoint: Any
+) -> None:
+    """The error of an input is that of its groups' own ranges."""
+    checkpoint = lowbit_checkpoint(tmp_path, base, "w4a4kv4-g32-ag32")
+    found = observe(base, str(checkpoint), windows)
+    model = ReferenceModel(base)
+    x = torch.cat([model.vocabulary.look_up(window) for window in windows])
+    x = x * torch.rsqrt(x.square().mean(-1, True) + 1e-6)
+    x = x * model.tensors["model.layers.0.input_layernorm.weight"]
+    rows = x.reshape(-1, 32)
+    rounded = decode(*IntGrid(4, False).quantize(rows))
+    expected = float((rounded - rows).norm() / rows.norm())
+    assert found.places[0].before.error == pytest.approx(expected, rel=1e-3)
 
 
 def test_activations_that_are_not_quantized(

@@ -73,6 +73,7 @@ def _check_served_as_calibrated(out: Path, recipe: Recipe, report: Report) -> No
         ("quarot", {"scheme": "w4a8kv4", "vocab_bits": 8}),
         ("quarot-gptq", {"scheme": "w2a16-g64"}),
         ("quarot-gptq", {"scheme": "w6a6", "seed": 5}),
+        ("lowbit", {"scheme": "w4a4kv4-g128-ag128"}),
         ("smoothquant", {}),
         ("gptaq", {"scheme": "w3a16-g128"}),
     ],

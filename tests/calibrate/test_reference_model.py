@@ -143,7 +143,9 @@ def test_function_of_the_source(
 
 
 @pytest.mark.parametrize("vocab_bits", [16, 8])
-@pytest.mark.parametrize("scheme", ["w4a4kv4", "w2a16-g64", "w3a16"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a4kv4", "w2a16-g64", "w3a16", "w4a4kv4-g32-ag32"]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_is_the_plain_model_quantized_here(
     scheme: str,

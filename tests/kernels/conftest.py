@@ -258,14 +258,18 @@ def shared_samples() -> dict[str, list[tuple[Any, ...]]]:
             (x, input_scale, 128, 1, 4, False),
             (x.to(bf16), None, 1, 1, 8, True),
             (x.to(fp16), None, 4, 32, 4, True),
+            (x.to(bf16), input_scale, 128, 1, 4, False, 0.9, 32),
+            (x, None, 1, 1, 8, True, 1.0, 64),
         ],
         "rms_norm_hadamard_quantize": [
             (x.to(bf16), weight, 1e-5, None, 128, 1, 4, False),
             (x, weight.to(bf16), 1e-5, input_scale, 1, 1, 8, True),
+            (x.to(bf16), weight, 1e-5, None, 128, 1, 4, False, 1.0, 64),
         ],
         "swiglu_hadamard_quantize": [
             (x.to(bf16), None, 64, 1, 4, False),
             (x, input_scale[:64], 4, 16, 8, True),
+            (x.to(bf16), None, 1, 1, 4, False, 1.0, 32),
         ],
         "kv4_store": [
             (key, key, cache, torch.tensor([3, -1, 30]), True),

@@ -111,13 +111,23 @@ def test_hadamard(isa: str, rows: Rows, transpose: bool) -> None:
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
     clip_ratio=st.sampled_from([1.0, 0.9, 0.5]),
+    groups=st.sampled_from([None, 1, 2, 3, 4, 8]),
 )
 @settings(max_examples=80)
 def test_hadamard_quantize(
-    isa: str, rows: Rows, bits: int, symmetric: bool, clip_ratio: float
+    isa: str,
+    rows: Rows,
+    bits: int,
+    symmetric: bool,
+    clip_ratio: float,
+    groups: int | None,
 ) -> None:
     x, scale = rows.draw()
-    arguments = x, scale, rows.order, rows.stride, bits, symmetric, clip_ratio
+    size = None
+    if groups is not None and rows.columns % groups == 0:
+        size = rows.columns // groups
+    grid = bits, symmetric, clip_ratio, size
+    arguments = x, scale, rows.order, rows.stride, *grid
     expected = reference.hadamard_quantize(*arguments)
     with library.force_isa(isa):
         assert_all_equal(cpu.hadamard_quantize(*arguments), expected)

@@ -122,13 +122,14 @@ def whole(
     activation_bits: int,
     symmetric: bool,
     weight_bits: int,
+    group_size: int | None = None,
     **rest: Any,
 ) -> torch.Tensor:
     if activation_bits == 16:
         rows = activations.transform(x, input_scale, order, stride)
         return floating(rows, bits=weight_bits, **rest)
     quantized = activations.hadamard_quantize(
-        x, input_scale, order, stride, activation_bits, symmetric
+        x, input_scale, order, stride, activation_bits, symmetric, 1.0, group_size
     )
     return integer(*quantized, bits=weight_bits, **rest)
 
@@ -161,8 +162,8 @@ def decoded(
     return (parts * scale.unsqueeze(-1)).flatten(1)
 
 
-def integer_arguments() -> Arguments:
-    codes, scale, zero_point = IntGrid(4, False).quantize(X)
+def integer_arguments(group_size: int | None = None) -> Arguments:
+    codes, scale, zero_point = IntGrid(4, False, group_size=group_size).quantize(X)
     rows = {"codes": codes, "scale": scale, "zero_point": zero_point}
     return rows | INTEGER | packed_fields()
 
@@ -197,6 +198,15 @@ WRAPPERS = {
         activations.hadamard_quantize,
         lambda: SCALED | {"order": 4, "stride": 5, "bits": 4, "symmetric": False},
     ),
+    "hadamard_quantize in groups": Wrapper(
+        hadamard_quantize,
+        activations.hadamard_quantize,
+        lambda: (
+            SCALED
+            | {"order": 4, "stride": 5, "bits": 4, "symmetric": False}
+            | {"group_size": 20}
+        ),
+    ),
     "quantize_weight": Wrapper(
         lambda weight, group_size, bits: weight_cpu.quantize_weight(
             weight, IntGrid(bits, False), group_size
@@ -217,6 +227,9 @@ WRAPPERS = {
         unpack_arguments,
     ),
     "linear_w4a4": Wrapper(call_integer, integer, integer_arguments),
+    "linear_w4a4 in groups": Wrapper(
+        call_integer, integer, lambda: integer_arguments(20)
+    ),
     "linear_wna16": Wrapper(
         call_weight_only,
         floating,
@@ -226,6 +239,12 @@ WRAPPERS = {
     "linear_tiled": Wrapper(linear_tiled, product, tiled_arguments, tolerance=1e-4),
     "linear_packed": Wrapper(
         linear_packed, whole, lambda: whole_arguments(4), tolerance=1e-5
+    ),
+    "linear_packed in groups": Wrapper(
+        linear_packed,
+        whole,
+        lambda: whole_arguments(4) | {"group_size": 20},
+        tolerance=1e-5,
     ),
     "linear_packed of 16 bits": Wrapper(
         linear_packed, whole, lambda: whole_arguments(16), tolerance=1e-4

@@ -103,14 +103,16 @@ def draw_weight(
     )
 
 
-def draw_codes(m: int, k: int, bits: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
+def draw_codes(
+    m: int, k: int, bits: int, symmetric: bool, groups: int = 1
+) -> tuple[torch.Tensor, ...]:
     """Codes anywhere on their grid, scales and zero points."""
     grid = IntGrid(bits, symmetric)
-    zero_point = torch.zeros(m, 1, dtype=torch.int32)
+    zero_point = torch.zeros(m, groups, dtype=torch.int32)
     if not symmetric:
         zero_point.random_(grid.code_min, grid.code_max + 1)
     codes = torch.randint(grid.code_min, grid.code_max + 1, (m, k), dtype=torch.int8)
-    return codes, torch.rand(m, 1), zero_point
+    return codes, torch.rand(m, groups), zero_point
 
 
 # Tiles have up to 6 rows; from a few tiles on, weights are unpacked first.
@@ -139,6 +141,7 @@ def weight_of(sizes: dict, seed: int) -> Weight:
     sizes=weights,
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
+    of_groups=st.booleans(),
     dtype=dtypes,
     seed=seeds,
 )
@@ -149,13 +152,15 @@ def test_integer(
     sizes: dict,
     bits: int,
     symmetric: bool,
+    of_groups: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
     weight = weight_of(sizes, seed)
-    rows = draw_codes(m, weight.codes.shape[1], bits, symmetric)
+    groups = sizes["groups"] if of_groups else 1
+    rows = draw_codes(m, weight.codes.shape[1], bits, symmetric, groups)
     if m > 2:
-        rows[1][1] = torch.nan  # the scale of a row that is not finite
+        rows[1][1, -1] = torch.nan  # the scale of a row that is not finite
     with library.force_isa(isa):
         actual = weight.packed_integer(*rows, dtype=dtype)
     assert_equal(actual, weight.integer(*rows, dtype=dtype), rows[1])
@@ -237,12 +242,14 @@ def test_instruction_sets_pack_alike(bits: int) -> None:
 def test_large_and_with_threads(isa: str, threads: int) -> None:
     """More rows than a cache keeps at once, and channels for several panels."""
     weight = draw_weight(150, 4096, 2, 4, symmetric=False)
-    rows, x = draw_codes(125, 4096, 4, False), torch.randn(50, 4096)
+    x = torch.randn(50, 4096)
     torch.set_num_threads(threads)
     with library.force_isa(isa):
-        expected = weight.integer(*rows, dtype=torch.float32)
-        actual = weight.packed_integer(*rows, dtype=torch.float32)
-        assert torch.equal(actual, expected)
+        for groups in (1, 2):
+            rows = draw_codes(125, 4096, 4, False, groups)
+            expected = weight.integer(*rows, dtype=torch.float32)
+            actual = weight.packed_integer(*rows, dtype=torch.float32)
+            assert torch.equal(actual, expected)
         for m in (2, 50):
             expected = weight.weight_only(x[:m], torch.float32)
             actual = weight.packed_weight_only(x[:m], torch.float32)
@@ -310,11 +317,51 @@ def test_whole_linear(
     assert_equal(actual, expected, x)
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_whole_linear_in_groups(
+    isa: str, bits: int, symmetric: bool, group_size: int
+) -> None:
+    """Of inputs and weights, for any number of rows and channels."""
+    k = 3 * group_size
+    weight = draw_weight(41, k, 3, bits, symmetric=symmetric)
+    x, scale = torch.randn(9, k).bfloat16(), torch.rand(k) + 0.5
+    x[2, 5], x[4], x[5, group_size:] = torch.inf, 0, 0
+    for order in (1, 32):
+        rest = packed_arguments(weight, bits, symmetric, torch.float32, order)
+        form = order, 1, bits, symmetric, 0.9, group_size
+        for m in (0, 1, 9):
+            with library.force_isa(isa):
+                actual = linear_packed(x[:m], scale, *rest, 0.9, group_size)
+            rows = hadamard_quantize(x[:m], scale, *form)
+            assert rows[1].shape == (m, 3)
+            expected = weight.integer(*rows, dtype=torch.float32)
+            assert_equal(actual, expected, x[:m])
+
+
+def test_one_group_is_the_token(isa: str) -> None:
+    weight, x = draw_weight(40, 192, 1), torch.randn(7, 192)
+    rest = packed_arguments(weight, 4, False, torch.float32, 64)
+    with library.force_isa(isa):
+        expected = linear_packed(x, None, *rest)
+        assert torch.equal(linear_packed(x, None, *rest, 1.0, 192), expected)
+
+
+@pytest.mark.parametrize("group_size", [32, 96])
+def test_groups_that_are_not_the_weights(isa: str, group_size: int) -> None:
+    rest = packed_arguments(draw_weight(40, 192, 3), 4, False, torch.float32, 64)
+    message = f"group_size {group_size} makes {192 // group_size} groups of 192 columns"
+    with library.force_isa(isa), pytest.raises(ValueError, match=message):
+        linear_packed(torch.ones(1, 192), None, *rest, 1.0, group_size)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, None), (4, 96), (16, None)])
 @pytest.mark.parametrize("weight_bits", [3, 4])
 def test_rows_are_independent(
     isa: str,
     bits: int,
+    group_size: int | None,
     weight_bits: int,
     dtype: torch.dtype,
     assert_rows_independent: Callable[..., None],
@@ -323,7 +370,9 @@ def test_rows_are_independent(
     weight = draw_weight(80, 192, 2, weight_bits)
     rest = packed_arguments(weight, bits, False, dtype, 64)
     with library.force_isa(isa):
-        assert_rows_independent(lambda rows: linear_packed(rows, None, *rest), x)
+        assert_rows_independent(
+            lambda rows: linear_packed(rows, None, *rest, 1.0, group_size), x
+        )
 
 
 def test_no_channels_or_rows(isa: str) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer grids of weights and activations, every width and kind."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -265,3 +267,41 @@ class TestDegenerateRows:
         codes, scale, zero_point = IntGrid(4).quantize(torch.empty(0, 8))
         assert codes.shape == (0, 8)
         assert scale.shape == zero_point.shape == (0, 1)
+
+
+@pytest.mark.parametrize("group_size", [1, 32, 63, 64, 4032])
+@pytest.mark.parametrize("grid", [IntGrid(4), IntGrid(8, False)], ids=name)
+def test_a_group_is_a_row(grid: IntGrid, group_size: int) -> None:
+    n = 4032
+    x = torch.randn(3, n) * torch.logspace(-3, 3, n)
+    x[0, :group_size], x[1, -1] = 0, torch.nan
+    grouped = replace(grid, group_size=group_size)
+    groups = n // group_size
+    assert grouped.groups(n) == groups
+    codes, scale, zero_point = grouped.quantize(x)
+    assert codes.shape == x.shape and codes.dtype == torch.int8
+    assert scale.shape == zero_point.shape == (3, groups)
+    rows = x.reshape(3 * groups, group_size)
+    assert torch.equal(
+        grouped.rows(x).reshape(rows.shape).nan_to_num(), rows.nan_to_num()
+    )
+    expected = grid.quantize(rows)
+    for actual, part in zip((codes, scale, zero_point), expected, strict=True):
+        assert torch.equal(actual.flatten().nan_to_num(), part.flatten().nan_to_num())
+    # What is not finite stays in its group.
+    assert int(scale.isnan().sum()) == 1 and scale[1, -1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("group_size", "n", "message"),
+    [
+        (0, 64, "group_size must be at least 1, got 0"),
+        (-32, 64, "group_size must be at least 1, got -32"),
+        (48, 64, "group_size 48 does not divide 64"),
+        (128, 64, "group_size 128 does not divide 64"),
+        (32, 0, "group_size 32 does not divide 0"),
+    ],
+)
+def test_groups_that_do_not_exist(group_size: int, n: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IntGrid(4, group_size=group_size).quantize(torch.ones(2, n))

@@ -8,7 +8,12 @@ import torch
 
 from vllm_lowbit.kernels.grid import IntGrid, decode
 from vllm_lowbit.kernels.hadamard import reference as float64_hadamard
-from vllm_lowbit.kernels.hadamard_quantize.reference import hadamard_quantize, transform
+from vllm_lowbit.kernels.hadamard_quantize.reference import (
+    hadamard_quantize,
+    rms_norm_hadamard_quantize,
+    swiglu_hadamard_quantize,
+    transform,
+)
 
 WIDTHS = range(2, 9)
 TRANSFORMS = [(1, 1), (64, 1), (448, 1), (28, 16), (112, 4)]
@@ -77,6 +82,66 @@ def test_a_clipped_range_ends_in_the_outermost_codes(symmetric: bool) -> None:
     assert (values - x).square().mean() < (whole - x).square().mean()
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_groups_after_the_transform(
+    bits: int,
+    symmetric: bool,
+    group_size: int,
+    dtype: torch.dtype,
+    assert_same_bits: Callable,
+) -> None:
+    """Each group of the transformed token as a row of its own."""
+    x, input_scale = torch.randn(5, 768).to(dtype), torch.rand(768) + 0.5
+    for order, stride in ((1, 1), (768, 1), (192, 1), (12, 64)):
+        codes, scale, zero_point = hadamard_quantize(
+            x, input_scale, order, stride, bits, symmetric, 0.9, group_size
+        )
+        groups = 768 // group_size
+        assert codes.shape == x.shape
+        assert scale.shape == zero_point.shape == (5, groups)
+        rows = transform(x, input_scale, order, stride).view(-1, group_size)
+        expected = hadamard_quantize(rows, None, 1, 1, bits, symmetric, 0.9)
+        for actual, part in zip((codes, scale, zero_point), expected, strict=True):
+            assert_same_bits(actual.reshape(part.shape), part)
+
+
+def test_one_group_is_the_token(assert_same_bits: Callable) -> None:
+    x = torch.randn(5, 256)
+    for symmetric in (True, False):
+        form = 256, 1, 4, symmetric, 0.9
+        expected = hadamard_quantize(x, None, *form)
+        for a, b in zip(hadamard_quantize(x, None, *form, 256), expected, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_groups_are_closer_to_an_input_of_many_magnitudes() -> None:
+    x = torch.randn(20, 512) * torch.logspace(-2, 1, 512)
+    codes, scale, zero_point = hadamard_quantize(x, None, 1, 1, 4, False, 1.0, 64)
+    parts = codes.unflatten(-1, (8, 64))
+    grouped = decode(parts, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).flatten(-2)
+    whole = decode(*hadamard_quantize(x, None, 1, 1, 4, False))
+    errors = [(values - x)[:, :256].square().mean() for values in (grouped, whole)]
+    assert errors[0] < errors[1] / 10
+    assert (grouped - x).square().mean() < (whole - x).square().mean()
+
+
+@pytest.mark.parametrize("order", [1, 128])
+def test_groups_of_the_fused_prologues(order: int, assert_same_bits: Callable) -> None:
+    x, weight = torch.randn(4, 256), torch.rand(128) + 0.5
+    rest = None, order, 1, 4, False, 0.9, 32
+    v = x[:, :128]
+    normed = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-5) * weight
+    gated = torch.nn.functional.silu(v) * x[:, 128:]
+    for actual, values in (
+        (rms_norm_hadamard_quantize(v, weight, 1e-5, *rest), normed),
+        (swiglu_hadamard_quantize(x, *rest), gated),
+    ):
+        for a, b in zip(actual, hadamard_quantize(values, *rest), strict=True):
+            assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize("clip_ratio", [0.0, -1.0, 1.5, float("nan")])
 def test_clip_ratios_that_do_not_exist(clip_ratio: float) -> None:
     with pytest.raises(ValueError, match="clip_ratio must be above 0 and at most 1"):
@@ -134,15 +199,19 @@ def test_an_outlier_is_spread() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 56])
 def test_rows_are_independent(
-    assert_rows_independent: Callable[..., None], dtype: torch.dtype, symmetric: bool
+    assert_rows_independent: Callable[..., None],
+    dtype: torch.dtype,
+    symmetric: bool,
+    group_size: int | None,
 ) -> None:
     x = (torch.randn(257, 224) * torch.rand(257, 1) * 10).to(dtype)
     input_scale = torch.exp2(torch.randint(-2, 3, (224,)).float())
     for order, stride in ((224, 1), (28, 8)):
         assert_rows_independent(
             lambda rows, o=order, s=stride: hadamard_quantize(
-                rows, input_scale, o, s, 4, symmetric
+                rows, input_scale, o, s, 4, symmetric, 1.0, group_size
             ),
             x,
         )

@@ -86,6 +86,7 @@ def _arguments(
     activation_bits=st.sampled_from([4, 6, 8, 16]),
     symmetric=st.booleans(),
     groups=st.sampled_from([1, 2]),
+    of_tokens=st.booleans(),
     scaled=st.sampled_from(["no", "shared", "own"]),
     dtype=st.sampled_from(DTYPES),
     sizes=st.tuples(
@@ -98,6 +99,7 @@ def test_backends_equal_the_reference(
     activation_bits: int,
     symmetric: bool,
     groups: int,
+    of_tokens: bool,
     scaled: str,
     dtype: torch.dtype,
     sizes: tuple[int, ...],
@@ -110,9 +112,9 @@ def test_backends_equal_the_reference(
         scaled
     ]
     around = x, routing.rows, routing.offsets, input_scale, 16, 1
-    grid = None
+    grid, size = None, 64 // groups if of_tokens else None
     if activation_bits != 16:
-        grid = IntGrid(activation_bits, symmetric=False, clip_ratio=0.9)
+        grid = IntGrid(activation_bits, False, clip_ratio=0.9, group_size=size)
     expected = linear_experts(*around, grid, codes, scale, zero_point, dtype)
     kinds = activation_bits, False
     packed = [
@@ -124,11 +126,12 @@ def test_backends_equal_the_reference(
         for parts in zip(*packed, strict=True)
     ]
     n = codes.shape[1]
-    packed_result = cpu.linear_experts(*around, *kinds, *stacked, n, bits, dtype, 0.9)
+    rest = dtype, 0.9, size
+    packed_result = cpu.linear_experts(*around, *kinds, *stacked, n, bits, *rest)
     zeros = None if zero_point is None else zero_point.flatten(0, 1)
     weight = prepare(codes.flatten(0, 1), zeros).view(codes.shape)
     plain = generic.linear_experts(
-        *around, *kinds, weight, scale, (1 << bits) - 1, dtype, 0.9
+        *around, *kinds, weight, scale, (1 << bits) - 1, *rest
     )
     assert packed_result.dtype == plain.dtype == dtype
     assert torch.equal(packed_result, plain)

@@ -52,9 +52,9 @@ class Case:
 
     def int64(self) -> np.ndarray:
         """The sums in numpy integers."""
-        a = self.codes.numpy().astype(np.int64) - self.zero_point.numpy()
+        a = self.codes.numpy().astype(np.int64)
         w = self.weight.numpy().astype(np.int64)
-        a = a.reshape(len(a), self.groups, -1)
+        a = a.reshape(len(a), self.groups, -1) - self.zero_point.numpy()[..., None]
         w = w.reshape(len(w), self.groups, -1)
         if self.weight_zero_point is not None:
             w = w - self.weight_zero_point.numpy()[..., None]
@@ -64,16 +64,22 @@ class Case:
 
 
 def draw(
-    activations: IntGrid, weights: IntGrid, m: int, n: int, k: int, groups: int = 1
+    activations: IntGrid,
+    weights: IntGrid,
+    m: int,
+    n: int,
+    k: int,
+    groups: int = 1,
+    of_tokens: int = 1,
 ) -> Case:
-    """Codes and zero points anywhere a grid allows them."""
+    """Codes and zero points anywhere a grid allows them, so many of a token."""
 
     def integers(grid: IntGrid, shape: tuple[int, int]) -> torch.Tensor:
         return torch.randint(grid.code_min, grid.code_max + 1, shape)
 
-    zero_point = torch.zeros(m, 1, dtype=torch.int32)
+    zero_point = torch.zeros(m, of_tokens, dtype=torch.int32)
     if not activations.symmetric:
-        zero_point = integers(activations, (m, 1)).int()
+        zero_point = integers(activations, (m, of_tokens)).int()
     weight_zero_point = None
     if not weights.symmetric:
         weight_zero_point = integers(weights, (n, groups)).int()
@@ -97,8 +103,8 @@ def test_accumulators(weight_bits: int, activation_bits: int) -> None:
             IntGrid(weight_bits, full_range=True),
             IntGrid(weight_bits, symmetric=False),
         ):
-            for groups in (1, 3):
-                case = draw(activations, weights, 3, 5, 63, groups)
+            for groups, of_tokens in ((1, 1), (3, 1), (3, 3)):
+                case = draw(activations, weights, 3, 5, 63, groups, of_tokens)
                 expected = case.reference()
                 assert expected.dtype == torch.int32
                 assert expected.shape == (3, groups, 5)
@@ -117,8 +123,10 @@ def test_ragged_sizes(m: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 5, 10, 40])
-def test_groups(groups: int) -> None:
-    case = draw(IntGrid(4, False), IntGrid(4, False), 17, 33, 1280 // 2, groups)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_groups(groups: int, of_tokens: bool) -> None:
+    grid, own = IntGrid(4, False), groups if of_tokens else 1
+    case = draw(grid, grid, 17, 33, 1280 // 2, groups, own)
     np.testing.assert_array_equal(case.generic().numpy(), case.int64())
     assert torch.equal(case.generic(), case.reference())
 
@@ -219,6 +227,31 @@ class TestEpilogue:
         for other in (reverse * s + b, early + b):
             assert not np.array_equal(other, expected.numpy())
 
+    def test_order_of_operations_in_groups(self, dtype: torch.dtype) -> None:
+        """Both scales of a group one after the other, then groups, then bias."""
+        acc = torch.randint(-(1 << 26), 1 << 26, (9, 4, 31), dtype=torch.int32)
+        scale, weight_scale = torch.rand(9, 4), torch.rand(31, 4)
+        bias = torch.randn(31) * 1e6
+        a, s, w, b = (t.numpy() for t in (acc, scale, weight_scale, bias))
+        f32 = np.float32
+        parts = [a[:, g].astype(f32) * w[:, g] * s[:, g : g + 1] for g in range(4)]
+        expected = torch.from_numpy(parts[0] + parts[1] + parts[2] + parts[3] + b)
+        assert expected.dtype == torch.float32
+        actual = reference.epilogue(acc, scale, weight_scale, bias, dtype)
+        assert torch.equal(actual, expected.to(dtype))
+        # Another order would show.
+        first = [a[:, g].astype(f32) * (w[:, g] * s[:, g : g + 1]) for g in range(4)]
+        for other in (first, parts[::-1]):
+            assert not np.array_equal(
+                other[0] + other[1] + other[2] + other[3] + b, expected.numpy()
+            )
+        # Equal scales are those of a token, but for what is rounded.
+        same = reference.epilogue(
+            acc, scale[:, :1].expand(9, 4), weight_scale, None, torch.float64
+        )
+        token = reference.epilogue(acc, scale[:, :1], weight_scale, None, torch.float64)
+        torch.testing.assert_close(same, token, rtol=1e-5, atol=10.0)
+
     def test_bias_is_added_in_float32(self, dtype: torch.dtype) -> None:
         acc = torch.full((1, 1, 1), 1 << 12, dtype=torch.int32)
         one = torch.ones(1, 1)
@@ -238,10 +271,11 @@ def quantized_linear(
     groups: int,
     dtype: torch.dtype,
     n: int = 40,
+    of_tokens: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Generic and reference outputs and the float64 product of decoded operands."""
-    activations = IntGrid(4, False)
     k = x.shape[1]
+    activations = IntGrid(4, False, group_size=k // groups if of_tokens else None)
     case = draw(activations, weights, 1, n, k, groups)
     weight_scale, bias = torch.rand(n, groups) / 100, torch.randn(n)
     codes, scale, zero_point = activations.quantize(x)
@@ -261,41 +295,52 @@ def quantized_linear(
     )
     prepared = case.prepared.double().unflatten(-1, (groups, -1))
     w = (prepared * weight_scale.double().unsqueeze(-1)).flatten(-2)
-    exact = decode(codes, scale, zero_point).double() @ w.t() + bias.double()
+    rows = codes.unflatten(-1, (scale.shape[1], -1))
+    a = decode(rows, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).flatten(-2)
+    exact = a.double() @ w.t() + bias.double()
     return out, expected, exact
 
 
-@pytest.mark.parametrize("groups", [1, 7])
+@pytest.mark.parametrize(("groups", "of_tokens"), [(1, False), (7, False), (7, True)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_whole_operator(
-    groups: int, symmetric: bool, dtype: torch.dtype, assert_same_bits: Callable
+    groups: int,
+    of_tokens: bool,
+    symmetric: bool,
+    dtype: torch.dtype,
+    assert_same_bits: Callable,
 ) -> None:
-    x = torch.randn(33, 448)
-    out, expected, exact = quantized_linear(x, IntGrid(4, symmetric), groups, dtype)
+    x = torch.randn(33, 448) * torch.logspace(-1, 1, 448)
+    out, expected, exact = quantized_linear(
+        x, IntGrid(4, symmetric), groups, dtype, of_tokens=of_tokens
+    )
     assert_same_bits(out, expected)
     # float32 epilogue, then the cast.
     eps = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), exact, rtol=eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 7])
-def test_nan_scale_stays_in_its_row(groups: int, dtype: torch.dtype) -> None:
-    x = torch.randn(5, 448)
+@pytest.mark.parametrize(("groups", "of_tokens"), [(1, False), (7, False), (7, True)])
+def test_nan_scale_stays_in_its_row(
+    groups: int, of_tokens: bool, dtype: torch.dtype
+) -> None:
+    x, rest = torch.randn(5, 448), (IntGrid(4), groups, dtype, 40, of_tokens)
     torch.manual_seed(1)
-    clean, _, _ = quantized_linear(x, IntGrid(4), groups, dtype)
+    clean, _, _ = quantized_linear(x, *rest)
     x[2, 100] = torch.nan
     x[4, 3] = torch.inf
     torch.manual_seed(1)
-    for out in quantized_linear(x, IntGrid(4), groups, dtype)[:2]:
+    for out in quantized_linear(x, *rest)[:2]:
         assert torch.isnan(out[[2, 4]]).all()
         assert torch.equal(out[[0, 1, 3]], clean[[0, 1, 3]])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("groups", "group_size"), [(1, None), (4, None), (4, 128)])
 def test_rows_are_independent(
     bits: int,
     groups: int,
+    group_size: int | None,
     dtype: torch.dtype,
     assert_rows_independent: Callable[..., None],
 ) -> None:
@@ -305,7 +350,9 @@ def test_rows_are_independent(
     weight_scale, bias = torch.rand(192, groups) / 100, torch.randn(192)
 
     def linear(rows: torch.Tensor) -> torch.Tensor:
-        codes, scale, zero_point = hadamard_quantize(rows, None, 512, 1, bits, False)
+        codes, scale, zero_point = hadamard_quantize(
+            rows, None, 512, 1, bits, False, 1.0, group_size
+        )
         return generic.linear_w4a4(
             codes,
             scale,
@@ -348,3 +395,15 @@ def test_shapes_that_do_not_fit(which: str, columns: int, groups: int) -> None:
     message = f"activations have {columns} columns, the weight 10, in {groups} groups"
     with pytest.raises(ValueError, match=message):
         getattr(case, which)()
+
+
+@pytest.mark.parametrize("of_tokens", [2, 4])
+def test_groups_of_tokens_that_are_not_the_weights(of_tokens: int) -> None:
+    case = draw(IntGrid(4, False), IntGrid(4), 5, 2, 12, 3, of_tokens)
+    message = rf"zero_point must have 1 column or 3, .* got \[5, {of_tokens}\]"
+    for accumulators in (case.generic, case.reference):
+        with pytest.raises(ValueError, match=message):
+            accumulators()
+    acc, scale = torch.ones(5, 3, 2, dtype=torch.int32), torch.ones(5, of_tokens)
+    with pytest.raises(ValueError, match="^scale must have 1 column or 3"):
+        reference.epilogue(acc, scale, torch.ones(2, 3), None, torch.float32)

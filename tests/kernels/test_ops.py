@@ -43,8 +43,10 @@ def activations(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(5, 128).to(dtype)
 
 
-def integer_operands(bias: torch.Tensor | None, out_dtype: torch.dtype) -> Arguments:
-    grid = IntGrid(4, False)
+def integer_operands(
+    bias: torch.Tensor | None, out_dtype: torch.dtype, group_size: int | None = None
+) -> Arguments:
+    grid = IntGrid(4, False, group_size=group_size)
     codes, scale, zero_point = grid.quantize(activations())
     weight = torch.randint(-7, 8, (24, 128), dtype=torch.int8)
     bounds = grid.max_difference, 7
@@ -87,6 +89,7 @@ def samples(name: str, shared_samples: dict[str, list[Arguments]]) -> list[Argum
             integer_operands(None, torch.float32),
             integer_operands(torch.randn(24), bf16),
             integer_operands(torch.randn(24).to(fp16), fp16),
+            integer_operands(torch.randn(24), bf16, 64),
         ],
         "linear_wna16": [
             (activations(), weight, torch.rand(24, 2), None, 7, bf16),
@@ -96,6 +99,7 @@ def samples(name: str, shared_samples: dict[str, list[Arguments]]) -> list[Argum
         "linear_packed": [
             (activations(), None, *packed_operands(4, True, None, bf16)),
             (activations(bf16), input_scale, *packed_operands(8, False, None, bf16)),
+            (activations(bf16), None, *packed_operands(4, False, None, bf16), 0.9, 64),
             (
                 activations(fp16),
                 input_scale,
@@ -106,6 +110,10 @@ def samples(name: str, shared_samples: dict[str, list[Arguments]]) -> list[Argum
             (activations(bf16), *routed(), scale, 64, 1, bits, False)
             + (weight.expand(3, -1, -1).clone(), torch.rand(3, 24, 2), 7, bf16)
             for scale, bits in ((input_scale, 4), (None, 16), (torch.rand(3, 128), 8))
+        ]
+        + [
+            (activations(bf16), *routed(), None, 64, 1, 4, False)
+            + (weight.expand(3, -1, -1).clone(), torch.rand(3, 24, 2), 7, bf16, 0.9, 64)
         ],
         "linear_experts_packed": [
             (activations(dtype), *routed(), scale, 64, 1, bits, False)
@@ -115,6 +123,10 @@ def samples(name: str, shared_samples: dict[str, list[Arguments]]) -> list[Argum
                 (None, 16, False, torch.float32),
                 (torch.rand(3, 128) + 0.5, 8, False, fp16),
             )
+        ]
+        + [
+            (activations(bf16), *routed(), None, 64, 1, 4, False)
+            + (*packed_experts(True, bf16), 0.9, 64)
         ],
     }[name]
 

@@ -61,6 +61,7 @@ def differences(engine: Any, score: Any, model: str, prompts: list[str]) -> Any:
         ("w4a4kv4", 8, {}),
         (scheme_from_name("w4a4").with_clip_ratios(RATIOS), 16, ROTATIONS),
         ("w4a16-g128", 8, ROTATIONS),
+        ("w4a4kv4-g64-ag64", 16, {**ROTATIONS, **KEYS}),
         ("w2a16-g64", 16, {}),
         ("w6a6", 16, ROTATIONS),
         ("w3a16", 8, {"v": ROTATIONS["v"]}),

@@ -12,7 +12,10 @@ from vllm_lowbit.calibrate.reference_model import ReferenceModel
 pytestmark = pytest.mark.live
 
 # w4a4kv4 has a file of its own, test_reference.py.
-SCHEMES = ("w4a4", "w4a8kv4", "w4a16kv4", "w4a16-g128", "w2a16-g64", "w6a6", "w8a8")
+SCHEMES = (
+    *("w4a4", "w4a8kv4", "w4a16kv4", "w4a16-g128", "w2a16-g64", "w6a6", "w8a8"),
+    "w4a4kv4-g128-ag128",
+)
 EPS = 1e-3
 
 

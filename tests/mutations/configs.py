@@ -59,6 +59,9 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     ("scheme/activations/bits", True),
     ("scheme/activations/dynamic", True),
     ("scheme/activations/symmetric", 0),
+    ("scheme/activations/group_size", 48),
+    ("scheme/activations/group_size", 64),  # of weights without groups
+    ("scheme/activations/group_size", True),
     ("scheme/activations/clip_ratio", 0.4),
     ("scheme/activations/clip_ratio", 1.5),
     ("scheme/activations/clip_ratio", [0.9, 0.9]),

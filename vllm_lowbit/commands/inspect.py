@@ -101,6 +101,9 @@ def _linears(found: "Inspection") -> Table:
             clip = clipped(ratio if isinstance(ratio, tuple) else (ratio,))
             activations = f"int{linear.activation_bits} {kind}{clip}"
             table.caption = "activations have a scale per token"
+            if linear.activation_group_size:
+                size = linear.activation_group_size
+                table.caption += f" and group of {size}"
         table.add_row(name, weights, per, activations, linear.online_rotation or "none")
     return table
 

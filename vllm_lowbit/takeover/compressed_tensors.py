@@ -77,7 +77,7 @@ class _WeightArguments(_Arguments):
 class _InputArguments(_Arguments):
     REFUSED: ClassVar[dict[str, str]] = {
         **_Arguments.REFUSED,
-        "group_size": "activations are quantized per token, not per group",
+        "group_size": "activations are taken over per token, not per group",
         "actorder": "activations have no order",
         "scale_dtype": "scales of activations are not rounded to another type",
     }

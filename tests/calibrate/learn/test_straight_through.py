@@ -2,6 +2,7 @@
 """Forward is the serving grid; backward is the slope of the error."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,27 @@ def test_forward_is_the_grid(grid: IntGrid, ratio: float) -> None:
     scale, zero_point = grid.parameters(x, ratio)
     expected = decode(grid.encode(x, scale, zero_point), scale, zero_point)
     assert torch.equal(fake_quantize(x, grid, ratio), expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_groups_are_rows(grid: IntGrid) -> None:
+    """Forward and backward, of the ratio too."""
+    grouped, weight = replace(grid, group_size=8), torch.randn(40, 24)
+    found = []
+    for size in (24, 8):
+        x = _rows().view(-1, size).requires_grad_()
+        ratio = torch.tensor(0.75, requires_grad=True)
+        values = fake_quantize(x, grouped if size == 24 else grid, ratio)
+        (values * weight.view(-1, size)).sum().backward()
+        assert x.grad is not None and ratio.grad is not None
+        found.append((values.view(40, 24), x.grad.view(40, 24), ratio.grad))
+    for of_groups, of_rows in zip(*found, strict=True):
+        torch.testing.assert_close(of_groups, of_rows, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[0][0], found[1][0])
+    codes, scale, zero_point = grouped.quantize(_rows())
+    parts = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+    expected = decode(codes.unflatten(-1, (3, 8)), *parts).flatten(-2)
+    assert torch.equal(fake_quantize(_rows(), grouped), expected)
 
 
 def test_forward_is_the_cache() -> None:

@@ -57,6 +57,8 @@ def samples(name: str, shared_samples: Samples) -> list[tuple[Any, ...]]:
         return [
             (codes, scale, None, *channel, None, 4, torch.float32),
             (codes, scale, zero_point, *grouped, bias, 4, torch.float16),
+            (codes, scale.expand(5, 2).clone(), None, *grouped, bias)
+            + (4, torch.float16),
         ]
     return [
         (x.bfloat16(), *channel[:3], None, 4, torch.float32),

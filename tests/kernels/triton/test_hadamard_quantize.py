@@ -83,6 +83,77 @@ def test_without_transform_every_bit_is_equal(
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_groups_without_transform(
+    bits: int, symmetric: bool, group_size: int, assert_same_bits: object
+) -> None:
+    """Bit for bit, over more columns than a program takes; degenerate groups too."""
+    for groups in (1, 3, 2048 // group_size + 1):
+        n = groups * group_size
+        x = activations(5, n)
+        x[1, :group_size], x[2, -group_size:] = 0, -1.5
+        x[3, -1], x[4, 0] = torch.nan, torch.inf
+        for input_scale, clip_ratio in ((None, 1.0), (torch.rand(n) + 0.5, 0.9)):
+            grid = bits, symmetric, clip_ratio, group_size
+            actual = triton.hadamard_quantize(x, input_scale, 1, 1, *grid)
+            expected = reference.hadamard_quantize(x, input_scale, 1, 1, *grid)
+            assert expected[1].shape == (5, groups)
+            for a, b in zip(actual, expected, strict=True):
+                assert_same_bits(a, b)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+@pytest.mark.parametrize(
+    ("n", "order", "stride"),
+    [(384, 128, 1), (512, 512, 1), (512, 4, 64), (480, 12, 40), (3 * 1376, 1376, 1)],
+)
+def test_groups_of_a_transform(
+    bits: int,
+    symmetric: bool,
+    n: int,
+    order: int,
+    stride: int,
+    assert_same_bits: object,
+) -> None:
+    """In tiles and in blocks: the grid of what ``transform`` gives."""
+    x, input_scale = activations(3, n), torch.rand(n) + 0.5
+    grid = IntGrid(bits, symmetric, clip_ratio=0.9, group_size=32)
+    values = triton.transform(x, input_scale, order, stride)
+    actual = triton.hadamard_quantize(
+        x, input_scale, order, stride, bits, symmetric, 0.9, 32
+    )
+    for a, b in zip(actual, grid.quantize(values), strict=True):
+        assert_same_bits(a, b)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("order", [1, 128])
+def test_groups_of_fused_prologues(order: int) -> None:
+    x, weight = torch.randn(3, 512), torch.rand(256) + 0.5
+    rest = None, order, 1, 8, False, 1.0, 64
+    for name, arguments in (
+        ("rms_norm_hadamard_quantize", (x[:, :256], weight, 1e-5, *rest)),
+        ("swiglu_hadamard_quantize", (x, *rest)),
+    ):
+        codes, scale, zero = getattr(triton, name)(*arguments)
+        expected = getattr(reference, name)(*arguments)
+        assert scale.shape == zero.shape == (3, 4)
+        # A step of 8 bits is larger than what a transform is off by.
+        torch.testing.assert_close(scale, expected[1], rtol=2e-3, atol=0)
+        assert (zero - expected[2]).abs().max() <= 1
+        assert (codes.int() - expected[0].int()).abs().max() <= 2
+
+
+def test_groups_that_do_not_fit() -> None:
+    x = torch.zeros(1, 192)
+    for size, message in (
+        (128, "does not divide 192"),
+        (96, "must divide 2048"),
+    ):
+        with pytest.raises(ValueError, match=f"group_size .*{message}"):
+            triton.hadamard_quantize(x, None, 1, 1, 4, True, 1.0, size)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
 @pytest.mark.parametrize(
     ("n", "order", "stride"),
     [

@@ -29,16 +29,22 @@ def quantized(
 
 @pytest.mark.parametrize("activation_bits", [None, 4, 8])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize(
+    ("group_size", "of_inputs"), [(0, None), (128, None), (128, 128)]
+)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_as_the_generic_backend(
-    activation_bits: int | None, bits: int, group_size: int, symmetric: bool
+    activation_bits: int | None,
+    bits: int,
+    group_size: int,
+    of_inputs: int | None,
+    symmetric: bool,
 ) -> None:
     n, k = 24, 256
     grid = IntGrid(bits, symmetric)
     activations = None
     if activation_bits is not None:
-        activations = IntGrid(activation_bits, symmetric)
+        activations = IntGrid(activation_bits, symmetric, group_size=of_inputs)
     spec = LinearSpec(n, k, grid, activations, order=64)
     weights = quantized(grid, n, k, group_size)
     x = torch.randn(5, k).half()

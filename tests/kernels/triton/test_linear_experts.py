@@ -91,10 +91,12 @@ def check_integers(
     bits: int,
     asymmetric: bool,
     config: LinearConfig,
+    of_groups: bool = False,
 ) -> None:
+    of_token = tokens, k // group_size if of_groups else 1
     codes = torch.randint(-8, 8, (tokens, k), dtype=torch.int8)
-    scale = torch.rand(tokens, 1) + 0.01
-    zero = torch.randint(-8, 8, (tokens, 1), dtype=torch.int32)
+    scale = torch.rand(of_token) + 0.01
+    zero = torch.randint(-8, 8, of_token, dtype=torch.int32)
     weights = _weights(bits, k, group_size, asymmetric)
     actual = linear_experts_w4a4(
         codes,
@@ -145,7 +147,8 @@ def test_integer_sums_are_those_of_each_expert(
     for tokens, asymmetric in ((1, tile == "swapped"), (20, tile == "natural")):
         config = replace(TILES[tile], e4m3=bits == 4 and tokens > 1)
         rest = 256 if group_size else 200, group_size, bits, asymmetric, config
-        check_integers(_routing(tokens), tokens, *rest)
+        for of_groups in {False, group_size != 0}:
+            check_integers(_routing(tokens), tokens, *rest, of_groups)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -181,7 +184,8 @@ def check_any_shape(data: st.DataObject) -> None:
     flag, e4m3 = data.draw(st.booleans()), bits <= 4 and data.draw(st.booleans())
     if data.draw(st.booleans()):
         config = replace(tile, e4m3=e4m3)
-        check_integers(routing, tokens, k, group_size, bits, flag, config)
+        of_groups = group_size != 0 and data.draw(st.booleans())
+        check_integers(routing, tokens, k, group_size, bits, flag, config, of_groups)
     else:
         check_floats(routing, tokens, k, group_size, bits, flag, tile)
 
@@ -257,7 +261,7 @@ ARGUMENTS: dict[str, Any] = {
             r"weight_scale must be .*\[5, any, 8\]",
         ),
         ({"weight_sum": torch.ones(5, 1, 8)}, r"weight_sum must be torch.int32 \[5, 1"),
-        ({"scale": torch.ones(3)}, r"scale must be torch.float32 \[3, 1\]"),
+        ({"scale": torch.ones(3)}, r"scale must be torch.float32 \[3, any\]"),
         ({"activation_bits": 9}, "activation_bits must be 2 to 8, got 9"),
         ({"out_dtype": torch.int32}, "out_dtype must be bfloat16, float16 or float32"),
         *(

@@ -48,7 +48,7 @@ class Problem:
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
         zero = self.zero_point
         if zero is None:
-            zero = torch.zeros(len(self.codes), 1, dtype=torch.int32)
+            zero = torch.zeros(self.scale.shape, dtype=torch.int32)
         return reference.linear_w4a4(
             self.codes,
             self.scale,
@@ -72,6 +72,7 @@ def problem(
     asymmetric: bool = False,
     weight_zeros: bool = False,
     bias: bool = True,
+    of_groups: bool = False,
 ) -> Problem:
     half, ahalf = 1 << bits - 1, 1 << activation_bits - 1
     groups = k // group_size if group_size else 1
@@ -79,10 +80,11 @@ def problem(
     codes = torch.randint(-ahalf, ahalf, (m, k), dtype=torch.int8)
     weight[0], weight[-1] = half - 1, -half
     codes[0], codes[-1] = ahalf - 1, -ahalf
-    zeros = torch.randint(-ahalf, ahalf, (m, 1), dtype=torch.int32)
+    of_token = m, groups if of_groups else 1
+    zeros = torch.randint(-ahalf, ahalf, of_token, dtype=torch.int32)
     return Problem(
         codes,
-        torch.rand(m, 1) + 0.01,
+        torch.rand(of_token) + 0.01,
         zeros if asymmetric else None,
         weight,
         torch.rand(n, groups) + 0.01,
@@ -113,7 +115,22 @@ def test_codes_that_are_stored_wider(bits: int, group_size: int) -> None:
     check_equality("swapped", bits, group_size)
 
 
-def check_equality(tile: str, bits: int, group_size: int) -> None:
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 4), (8, 6), (2, 8)])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_groups_of_tokens(
+    tile: str, bits: int, activation_bits: int, group_size: int
+) -> None:
+    check_equality(tile, bits, group_size, activation_bits, of_groups=True)
+
+
+def check_equality(
+    tile: str,
+    bits: int,
+    group_size: int,
+    activation_bits: int = 0,
+    of_groups: bool = False,
+) -> None:
     k = columns_of(group_size)
     for asymmetric in (False, True):
         p = problem(
@@ -122,9 +139,10 @@ def check_equality(tile: str, bits: int, group_size: int) -> None:
             k,
             group_size,
             bits=bits,
-            activation_bits=4 if bits == 4 else 8,
+            activation_bits=activation_bits or (4 if bits == 4 else 8),
             asymmetric=asymmetric,
             weight_zeros=asymmetric,
+            of_groups=of_groups,
         )
         assert torch.equal(p.run(TILES[tile], torch.float32), p.expected(torch.float32))
 
@@ -134,8 +152,10 @@ def check_equality(tile: str, bits: int, group_size: int) -> None:
 def test_e4m3_has_the_sums_of_int8(tile: str, group_size: int) -> None:
     config, zeros = replace(TILES[tile], e4m3=True), tile == "natural"
     k = columns_of(group_size)
-    p = problem(19, 37, k, group_size, asymmetric=zeros, weight_zeros=zeros)
-    assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
+    for of_groups in {False, group_size != 0}:
+        options = {"weight_zeros": zeros, "of_groups": of_groups}
+        p = problem(19, 37, k, group_size, asymmetric=zeros, **options)
+        assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -179,8 +199,10 @@ def test_split_k_with_groups(
     """Parts are added in another order than the reference's groups: rounding only."""
     many_processors("linear_w4a4")
     k = 6 * max(group_size, 128)
-    p = problem(7, 40, k, group_size, asymmetric=True, weight_zeros=True)
-    assert_near(p.run(SPLIT, torch.float32), p.expected(torch.float32))
+    for of_groups in (False, True):
+        options = {"weight_zeros": True, "of_groups": of_groups}
+        p = problem(7, 40, k, group_size, asymmetric=True, **options)
+        assert_near(p.run(SPLIT, torch.float32), p.expected(torch.float32))
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -201,8 +223,9 @@ def test_nothing_to_do() -> None:
     assert empty.run(TILES["swapped"], torch.float32).shape == (0, 20)
 
 
-def test_a_row_does_not_depend_on_the_batch() -> None:
-    p = problem(33, 40, 256, 128, asymmetric=True)
+@pytest.mark.parametrize("of_groups", [False, True])
+def test_a_row_does_not_depend_on_the_batch(of_groups: bool) -> None:
+    p = problem(33, 40, 256, 128, asymmetric=True, of_groups=of_groups)
     whole = p.run(TILES["swapped"], torch.float32)
     one = Problem(
         **{
@@ -232,8 +255,8 @@ def check_any_shape(data: st.DataObject) -> None:
     """Also cut along K into up to as many parts as there are."""
     group_size = data.draw(st.sampled_from((0, 32, 64, 128, 256)))
     bits = data.draw(st.sampled_from((2, 3, 4, 6, 8)))
-    asymmetric, weight_zeros, bias, narrow = (
-        data.draw(st.booleans()) for _ in range(4)
+    asymmetric, weight_zeros, bias, narrow, of_groups = (
+        data.draw(st.booleans()) for _ in range(5)
     )
     p = problem(
         data.draw(st.integers(1, 40)),
@@ -245,6 +268,7 @@ def check_any_shape(data: st.DataObject) -> None:
         asymmetric=asymmetric,
         weight_zeros=weight_zeros,
         bias=bias,
+        of_groups=of_groups,
     )
     config = replace(
         TILES[data.draw(st.sampled_from(tuple(TILES)))],
