@@ -33,6 +33,7 @@ PARTS = {
     "serve": "serve",
 }
 REPORT = "report"
+NAMES = (*PARTS, REPORT)
 # Those whose operators run in the process of the cell.
 KERNELS = ("linear", "attention", "llama-cpp")
 
@@ -90,9 +91,9 @@ def _part(name: str) -> ModuleType:
 
 
 def _part_name(name: str) -> str:
-    if name not in (*PARTS, REPORT):
-        names = ", ".join((*PARTS, REPORT))
-        raise argparse.ArgumentTypeError(f"{name} is no part; parts are {names}")
+    if name not in NAMES:
+        known = ", ".join(NAMES)
+        raise argparse.ArgumentTypeError(f"{name} is no part; parts are {known}")
     return name
 
 
@@ -104,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     # Without choices: argparse of Python 3.11 refuses an empty list by them.
-    names = ", ".join((*PARTS, REPORT))
-    add("parts", nargs="*", type=_part_name, metavar="part", help=names)
+    parts = ", ".join(NAMES)
+    add("parts", nargs="*", type=_part_name, metavar="part", help=parts)
     add("--cells", default="*", help="only those of this shell pattern")
     add("--again", action="store_true", help="measure what is in cpu.json as well")
     add("--cache", type=Path, default=CACHE, help="of the models; default %(default)s")
