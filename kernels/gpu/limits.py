@@ -29,8 +29,6 @@ SHARED_LIMITS = {
 TENSOR_LIMITS = {"sm_100": 512, "sm_103": 512}
 # Chips whose matrix units read operands from shared memory.
 READ_SHARED = ("sm_90", "sm_100", "sm_103")
-
-
 # What the units of sm_90 and later that read shared memory add for their barriers, and
 # for results that are turned around.
 BARRIERS = 4096
