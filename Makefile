@@ -10,12 +10,14 @@
 #   make lint                      ruff and mypy
 #   make clean                     remove .venv and build outputs
 #
-# Settings: PYTHON=python3.12, BUILD=cpu|cuda, PIP_ARGS="..." (for every pip install).
+# Settings: PYTHON=python3.12, BUILD=cpu|cuda, PIP_ARGS="..." (for every pip install),
+# JOBS=4 (processes of make test; each has its share of the cores, and takes 4 GiB).
 
 MODEL ?= models/ref-7m
 PORT ?= 8000
 ARGS ?=
 T ?=
+JOBS ?= 2
 PIP_ARGS ?=
 
 SHELL := /bin/bash
@@ -71,7 +73,7 @@ serve: $(SERVE)
 	@exec "$(BIN)/python" deploy/serve.py "$(MODEL)" --port "$(PORT)" $(ARGS)
 
 test: $(TEST)
-	@"$(BIN)/pytest" $(T)
+	@"$(BIN)/pytest" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(T)
 
 ray: $(RAY)
 	@"$(BIN)/pytest" tests/calibrate/test_processes.py tests/calibrate/sweep \

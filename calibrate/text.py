@@ -17,6 +17,7 @@ CHARACTERS_PER_TOKEN = 32
 # Larger files are cut here unless more is asked for: tokenizing takes seconds and about
 # 150 bytes of memory per character.
 MIN_CHARACTERS = 4 << 20
+_DATA = Path(__file__).parent / "data"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -25,7 +26,7 @@ def default_text() -> Path:
 
     ``data/SOURCE.txt`` says where it is from and its licence.
     """
-    return Path(__file__).parent / "data" / "wikitext-2-train.txt"
+    return _DATA / "wikitext-2-train.txt"
 
 
 def calibration_windows(

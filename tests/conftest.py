@@ -9,7 +9,7 @@ import os
 import re
 import runpy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,21 @@ INDEX = "model.safetensors.index.json"
 PLAIN = "model.safetensors"
 OF_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
+def _share_cores() -> None:
+    """Each of the processes of pytest-xdist has its own for OpenMP, which waits busily.
+
+    Set before torch is imported, which reads it once.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        cores = cores[int(worker.removeprefix("gw")) :: count] or cores[:1]
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
+    bound = ",".join(map(str, cores))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)
+
+
+_share_cores()
 # Same examples on every run; machines here are shared, so no deadline.
 settings.register_profile(
     "lowbit",
@@ -136,6 +151,27 @@ def _rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> Pat
     change(tensors)
     save_file(tensors, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def _short_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vllm_lowbit.calibrate.text import default_text
+
+    directory = tmp_path_factory.mktemp("data")
+    with default_text().open(encoding="utf-8") as whole:
+        (directory / default_text().name).write_text(whole.read(80_000))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def short_default_text(_short_data: Path) -> Iterator[None]:
+    """The start of the text that calibration uses when none is given is all of it.
+
+    To tokenize the whole takes longer than to calibrate a tiny model.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_lowbit.calibrate.text._DATA", _short_data)
+        yield
 
 
 @pytest.fixture(scope="session")

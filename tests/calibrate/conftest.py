@@ -59,6 +59,11 @@ def _rounded_layer(
     return QuantizedLayer(linears, floats)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def text(short_default_text: None) -> None:
+    """For every test here, unless its file says otherwise."""
+
+
 @pytest.fixture(scope="session")
 def models() -> Callable[..., LayerModels]:
     """``models(activations=None, kv4=False)``: a layer's stages, served and float."""

@@ -25,6 +25,11 @@ GOLDEN = [[392, 942, 404, 87], [819, 989, 691, 932]]
 TEST_SPLIT = ROOT / "benchmarks" / "data" / "wikitext-2" / "test.txt"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def text() -> None:
+    """The default is the whole of it here."""
+
+
 @pytest.fixture(scope="module")
 def model(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory

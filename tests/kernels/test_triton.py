@@ -20,6 +20,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(file: str, marker: str) -> None:
+    # A run of its own; to write a report is for the one that waits for it.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    # The interpreter runs one program after the other: a thread is enough.
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
@@ -29,8 +33,7 @@ def run(file: str, marker: str) -> None:
         text=True,
         timeout=3600,
         cwd=Path(__file__).parents[2],
-        # The interpreter runs one program after the other: a thread is enough.
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=environment,
     )
     # 5: the file has no test with this marker.
     assert result.returncode in (0, 5), result.stdout[-8000:] + result.stderr[-2000:]

@@ -187,6 +187,19 @@ def served_checkpoint() -> Any:
 
 
 @contextlib.contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """vLLM collects garbage several times an engine: not among what was here before."""
+    gc.freeze()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("freeze", "unfreeze"):
+                patch.setattr(gc, name, lambda: None)
+            yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
 def _engine(multiprocessing: bool = False, **arguments: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -201,26 +214,22 @@ def _engine(multiprocessing: bool = False, **arguments: Any) -> Iterator[Any]:
     }
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     llm = None
-    cores = sorted(os.sched_getaffinity(0))
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocessing)),
-        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
-    }
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            llm = LLM(**{**settings, **arguments})
-        yield llm
-    finally:
-        if llm is not None:
-            # The caller's variable outlives the block: release what it holds now.
-            llm.llm_engine.engine_core.shutdown()
-            vars(llm).clear()
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        torch.set_num_threads = set_num_threads  # the CPU worker disables it
-        torch.set_num_threads(threads)
+    apart = str(int(multiprocessing))
+    with _frozen_heap():
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", apart)
+                llm = LLM(**{**settings, **arguments})
+            yield llm
+        finally:
+            if llm is not None:
+                # The caller's variable outlives the block: release what it holds now.
+                llm.llm_engine.engine_core.shutdown()
+                vars(llm).clear()
+            gc.collect()
+            cleanup_dist_env_and_memory()
+            torch.set_num_threads = set_num_threads  # the CPU worker disables it
+            torch.set_num_threads(threads)
 
 
 def _worker_model(llm: Any) -> torch.nn.Module:

@@ -144,6 +144,7 @@ def test_bfloat16(check: Any, served_reference: Any, plain: Path) -> None:
     check(served_reference("w4a4kv4", torch.bfloat16, str(plain)), plain)
 
 
+@pytest.mark.usefixtures("short_default_text")
 def test_calibrated(
     check: Any, served_checkpoint: Any, plain: Path, tmp_path: Path
 ) -> None:

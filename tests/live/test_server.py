@@ -43,7 +43,6 @@ def server(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    cores = sorted(os.sched_getaffinity(0))
     command = [
         str(Path(sys.executable).parent / "vllm"),
         *("serve", model, "--quantization", "lowbit"),
@@ -53,7 +52,6 @@ def server(
     ]
     environment = {
         **os.environ,
-        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
         "VLLM_SERVER_DEV_MODE": "1",
         "PYTHONPATH": str(Path(__file__).parent),
     }

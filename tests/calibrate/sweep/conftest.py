@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small model, a short text, and runs in this process."""
+"""A small model, and runs in this process."""
 
 import contextlib
 import json
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from vllm_lowbit.calibrate import text as texts
 from vllm_lowbit.calibrate.processes import Ended
 from vllm_lowbit.calibrate.sweep import one, run
 from vllm_lowbit.errors import LowbitError
@@ -17,16 +16,6 @@ from vllm_lowbit.errors import LowbitError
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), tokenizer=True)
-
-
-@pytest.fixture(autouse=True)
-def short_text(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Is calibrated on in this process: the real one takes seconds to tokenize."""
-    path = tmp_path_factory.mktemp("text") / "short.txt"
-    path.write_text(texts.default_text().read_text()[:40_000])
-    monkeypatch.setattr(texts, "default_text", lambda: path)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_lowbit.calibrate import text as texts
+from vllm_lowbit.calibrate.text import default_text
 from vllm_lowbit.calibrate.choices import evaluate_choices
 from vllm_lowbit.calibrate.evaluate import evaluate
 from vllm_lowbit.calibrate.learn.snapshot import snapshot_path
@@ -33,7 +33,7 @@ def settings_of(model: Path, **changes: Any) -> plan.Settings:
         samples=4,
         seq_len=32,
         vocab_bits=None,
-        text=texts.default_text(),
+        text=default_text(),
         evaluation=one.Evaluation(data=str(TEXT), seq_len=64, max_tokens=200),
         scratch=None,
     )
@@ -61,7 +61,7 @@ class TestSweep:
         assert sorted(found) == sorted(started)
         alone = tmp_path / "alone"
         recipe = load_recipe("quarot").override("w4a4", 4, 32, 3)
-        calibrate(str(model), alone, recipe, texts.default_text(), "cpu")
+        calibrate(str(model), alone, recipe, default_text(), "cpu")
         for directory, name in ((model, "float"), (alone, "quarot-w4a4-seed3")):
             text = evaluate(str(directory), TEXT, 64, 200)
             answers = evaluate_choices(str(directory), [TASK], 4)
@@ -117,7 +117,7 @@ class TestSweep:
         made = plan.make_plan(settings_of(model, recipes=["lowbit"]))
         lowbit, said = made.runs[1], []
         assert lowbit.recipe is not None
-        arguments = str(model), tmp_path / "out", lowbit.recipe, texts.default_text()
+        arguments = str(model), tmp_path / "out", lowbit.recipe, default_text()
         calibrate(*arguments, "cpu", announce=said.append)
         (estimate,) = said
         more = made.memory_of(lowbit) - estimate.memory
@@ -128,7 +128,7 @@ class TestSweep:
     ) -> None:
         """What changes is run again, as far as it must, and what is new is added."""
         out, text = tmp_path / "out", tmp_path / "text"
-        text.write_text(texts.default_text().read_text()[:20_000])
+        text.write_text(default_text().read_text()[:20_000])
         recipe = tmp_path / "mine.yaml"
         recipe.write_text("name: mine\nscheme: w4a16\n")
         words = (model, "-o", out, "--recipe", recipe, *SMALL, "--workers", 1)
@@ -159,7 +159,7 @@ class TestSweep:
         recipe.write_text("name: mine\nscheme: w4a16\nweights: {method: rtn}\n")
         assert again(*MEASURED) == [mine]
         assert weights.stat().st_mtime_ns != made
-        text.write_text(texts.default_text().read_text()[20_000:40_000])
+        text.write_text(default_text().read_text()[20_000:40_000])
         assert again(*MEASURED) == [mine]
         # The other one was measured before the text changed, but stays on record.
         assert "rtn-w4a16-seed0" in records(out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_lowbit.calibrate import text as texts
+from vllm_lowbit.calibrate.text import default_text
 from vllm_lowbit.calibrate.pipeline import calibrate
 from vllm_lowbit.calibrate.recipe import load_recipe
 from vllm_lowbit.calibrate.sweep import plan, run
@@ -155,7 +155,7 @@ class TestDirectory:
             str(model),
             other,
             load_recipe("rtn").override("w4a4", 4, 32),
-            texts.default_text(),
+            default_text(),
             "cpu",
         )
         words += ["--scheme", "w4a4", "--workers", 1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from vllm_lowbit.calibrate import text as texts
+from vllm_lowbit.calibrate.text import default_text
 from vllm_lowbit.calibrate.evaluate import evaluate
 from vllm_lowbit.calibrate.learn.snapshot import snapshot_path
 from vllm_lowbit.calibrate.pipeline import calibrate
@@ -62,7 +62,7 @@ def test_interrupted_learning_goes_on(
     recipe, out = tmp_path / "learned.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(LEARNED))
     words = ("sweep", model, "-o", out, "--recipe", recipe, *MEASURED)
-    words += ("--calibration-data", texts.default_text())
+    words += ("--calibration-data", default_text())
     name = "learned-w4a4kv4-seed0"
     log, checkpoint = out / "logs" / f"{name}.log", out / name
     running = command(*words, *where)
@@ -87,7 +87,7 @@ def test_interrupted_learning_goes_on(
     alone, threads = tmp_path / "alone", torch.get_num_threads()
     torch.set_num_threads(records(out)[name]["threads"])
     try:
-        text = texts.default_text()
+        text = default_text()
         calibrate(str(model), alone, load_recipe(str(recipe)), text, "cpu")
     finally:
         torch.set_num_threads(threads)
@@ -113,7 +113,7 @@ def test_on_a_cluster(ray: Any, model: Path, tmp_path: Path) -> None:
     )
     recipe = load_recipe("rtn").override(samples=4, seq_len=32)
     alone = tmp_path / "alone"
-    calibrate(str(model), alone, recipe, texts.default_text(), "cpu")
+    calibrate(str(model), alone, recipe, default_text(), "cpu")
     expected = evaluate(str(alone), TEXT, 64, 200).perplexity
     assert found["rtn-w4a4kv4-seed0"]["perplexity"] == pytest.approx(expected, rel=1e-3)
     assert "measuring " in (out / "logs" / "rtn-w4a4kv4-seed0.log").read_text()
