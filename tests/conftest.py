@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 PLAIN = "model.safetensors"
 OF_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
+
 def _share_cores() -> None:
     """Each of the processes of pytest-xdist has its own for OpenMP, which waits busily.
 

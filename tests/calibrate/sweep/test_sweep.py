@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from vllm_lowbit.calibrate.text import default_text
 from vllm_lowbit.calibrate.choices import evaluate_choices
 from vllm_lowbit.calibrate.evaluate import evaluate
 from vllm_lowbit.calibrate.learn.snapshot import snapshot_path
@@ -18,6 +17,7 @@ from vllm_lowbit.calibrate.pipeline import calibrate
 from vllm_lowbit.calibrate.processes import Ended
 from vllm_lowbit.calibrate.recipe import Recipe, load_recipe
 from vllm_lowbit.calibrate.sweep import one, plan, run
+from vllm_lowbit.calibrate.text import default_text
 from vllm_lowbit.errors import CalibrationError
 
 from .commands import MEASURED, SMALL, TASK, TEXT, records, sweep

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_lowbit.calibrate.text import default_text
 from vllm_lowbit.calibrate.pipeline import calibrate
 from vllm_lowbit.calibrate.recipe import load_recipe
 from vllm_lowbit.calibrate.sweep import plan, run
+from vllm_lowbit.calibrate.text import default_text
 
 from .commands import MEASURED, SMALL, TASK, sweep
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from vllm_lowbit.calibrate.text import default_text
 from vllm_lowbit.calibrate.evaluate import evaluate
 from vllm_lowbit.calibrate.learn.snapshot import snapshot_path
 from vllm_lowbit.calibrate.pipeline import calibrate
 from vllm_lowbit.calibrate.recipe import load_recipe
+from vllm_lowbit.calibrate.text import default_text
 
 from .commands import MEASURED, SMALL, TEXT, records, sweep
 
