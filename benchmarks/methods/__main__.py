@@ -9,8 +9,9 @@ A cell is MODEL/SCHEME/METHOD/SEED. Each is calibrated and measured in a process
 own and written to results/methods.json at once; one that is there is not measured
 again, unless its recipe, the model or a text changed, or --again is given. Every run
 ends by writing methods.md and the plots anew, from what is still measured as it would
-be now; the rest stays in methods.json until it is measured again. Needs the extra `bench`; with --ray the
-extra `ray` too, and on every node this repository at the same path.
+be now; the rest stays in methods.json until it is measured again. Needs the extra
+`bench`; with --ray the extra `ray` too, and on every node this repository at the same
+path.
 """
 
 import argparse
