@@ -12,16 +12,13 @@ import argparse
 import json
 import math
 import os
-import queue
-import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
+
+from vllm_lowbit.calibrate.processes import Ended, Processes, run_here
 
 from .environment import as_line, describe
 
@@ -53,11 +50,13 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.workers < 1:
         parser.error(f"argument --workers: at least 1, got {arguments.workers}")
     if arguments.cell:
-        print(json.dumps(_measure(json.loads(arguments.cell))))
+        cell = _measure(json.loads(arguments.cell))
+        arguments.output.write_text(json.dumps(cell))
         return
     sizes = {"max_tokens": arguments.max_tokens, "seq_len": arguments.seq_len}
     cells: list[Cell] = [
@@ -66,46 +65,31 @@ def main() -> None:
         for scheme in (SCHEMES if row != "float" else ("float",))
         for model in MODELS
     ]
-    measured = _run_all(cells, arguments.workers)
+    with tempfile.TemporaryDirectory() as logs:
+        measured = _run_all(cells, arguments.workers, Path(logs))
     _write(measured, sizes)
 
 
-def _run_all(cells: list[Cell], workers: int) -> list[Cell]:
-    cores = sorted(os.sched_getaffinity(0))
-    shares: queue.Queue[list[int]] = queue.Queue()
-    for worker in range(workers):
-        shares.put(cores[worker::workers] or cores)
+def _run_all(cells: list[Cell], workers: int, logs: Path) -> list[Cell]:
+    """Measure cells side by side, each in a process of its own."""
+    measured: dict[int, Cell] = {}
 
-    with ThreadPoolExecutor(workers) as pool, Progress() as bar:
+    def run(cell: Cell, cores: list[int], running: Processes) -> Ended:
+        words = ["-m", "benchmarks.recipes", "--cell", json.dumps(cell)]
+        log = logs / f"{cells.index(cell)}.log"
+        return running.run(words, cores, log, directory=ROOT)
+
+    with Progress() as bar:
         task = bar.add_task("cells", total=len(cells))
 
-        def run(cell: Cell) -> Cell:
-            share = shares.get()
-            try:
-                return _run(cell, share)
-            finally:
-                shares.put(share)
-                bar.advance(task)
+        def keep(cell: Cell, ended: Ended) -> None:
+            if ended.result is None:
+                raise RuntimeError(f"{cell} failed:\n{ended.tail}")
+            measured[cells.index(cell)] = ended.result
+            bar.advance(task)
 
-        return list(pool.map(run, cells))
-
-
-def _run(cell: Cell, cores: list[int]) -> Cell:
-    """Measure a cell in a process of its own, on some of the cores."""
-    command = [sys.executable, "-m", "benchmarks.recipes", "--cell", json.dumps(cell)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(len(cores))},
-        preexec_fn=partial(os.sched_setaffinity, 0, cores),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{cell} failed:\n{done.stderr[-4000:]}")
-    result: Cell = json.loads(done.stdout.splitlines()[-1])
-    return result
+        run_here(cells, run, workers, keep)
+    return [measured[index] for index in range(len(cells))]
 
 
 def _measure(cell: Cell) -> Cell:

@@ -13,22 +13,20 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from ..architecture import EMBEDDING, HEAD, ROUTER
-from ..checkpoint import TensorSpec
+from ..architecture import ROUTER
 from ..errors import CalibrationError
 from ..load_time import check_finite
-from ..lowbit_checkpoint import expected_tensors
 from ..schema import LowbitConfig
 from .block import Block, through
 from .clips import with_ratios
-from .equalize import InputPower, up_scale, value_scale
+from .equalize import InputPower, up_scales, value_scale
 from .estimate import CHUNK_TOKENS, Estimate, Estimator, Speed
 from .layer import LayerModels, QuantizedLayer, StageQuantizer, Streams, layer_errors
 from .learn.end_to_end import learn_transforms
 from .learn.parameters import Learned
 from .learn.snapshot import Snapshot
 from .omniquant import OmniQuant, OmniQuantOptions
-from .plan import Transforms, online, served_shape
+from .plan import Transforms, online, written_tensors
 from .publish import Losses
 from .recipe import Recipe
 from .record import CalibrationRecord
@@ -40,7 +38,7 @@ from .source import Source
 from .stages import RESIDUAL_STAGES, DecoderStages
 from .transforms import LayerTransforms, fold_layer, storable
 from .vocabulary import Vocabulary, plain_vocabulary, served_vocabulary
-from .writer import DTYPES, CheckpointWriter, largest_bytes, stacking
+from .writer import CheckpointWriter, largest_bytes, stacking
 
 Weights = dict[str, torch.Tensor]
 Progress = Callable[[int, int, str], None]
@@ -157,7 +155,9 @@ class Calibration:
         Raises:
             ConfigError: when this machine has not so much memory.
         """
-        output = sum(map(largest_bytes, self.specs().values()))
+        output = sum(
+            map(largest_bytes, written_tensors(self.source, self.config).values())
+        )
         estimator = Estimator(self.shape, self.recipe, len(self.windows), output)
         speed = Speed.measure(self.device)
         on_disk = estimator.estimate(speed, on_disk=True)
@@ -169,18 +169,6 @@ class Calibration:
         announce(in_memory)
         if self.device == "cpu":
             in_memory.check(on_disk)
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """What will be written, floats in the dtype of the base model."""
-        shape = served_shape(self.shape, self.config)
-        specs = expected_tensors(shape, self.config)
-        for here in shape.tensors():
-            name = shape.in_lowbit(here)[0]
-            if name in specs and len(specs[name].dtypes) > 1:
-                untied = here == HEAD and self.shape.tie_word_embeddings
-                tensor = self.source.tensor(EMBEDDING if untied else here)
-                specs[name] = replace(specs[name], dtypes=(DTYPES[tensor.dtype],))
-        return specs
 
     @torch.no_grad()
     def run(self, writer: CheckpointWriter) -> tuple[Losses, Losses]:
@@ -261,7 +249,7 @@ class Calibration:
             transforms = replace(
                 transforms,
                 value_scale=value_scale(power.sums["o_input"], out, self.shape),
-                up_scale=self._up_scale(power, weights),
+                up_scale=up_scales(power, weights, self.shape),
             )
         if self.alpha is not None:
             transforms = smooth_scales(
@@ -276,22 +264,6 @@ class Calibration:
             residual = self.transforms.residual
             transforms = storable(transforms, tensors, self.shape, residual)
         return y, transforms
-
-    def _up_scale(self, power: InputPower, weights: Weights) -> torch.Tensor | None:
-        """Between up and down, of every expert where there are some."""
-        if not self.shape.architecture.passes_up_scale:
-            return None
-        if not self.shape.num_experts:
-            return up_scale(power.sums["down_input"], weights["mlp.down_proj.weight"])
-        return torch.stack(
-            [
-                up_scale(
-                    power.sums[f"{expert}.down_input"],
-                    weights[f"{expert}.down_proj.weight"],
-                )
-                for expert in self.shape.mlps()
-            ]
-        )
 
     def _served_layer(
         self,

@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import yaml
@@ -17,22 +16,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..errors import ConfigError
 from ..lowbit_checkpoint import RECIPE
 from ..schema import LowbitConfig, Rotation, Scheme, clipped
-from .files import read_text
+from .base_card import CARD, BaseMetadata
 from .plan import residual_is_replaced
 from .recipe import Recipe
-from .strict_yaml import parse_mapping
 from .text import default_text
 
-CARD = "README.md"
 TEMPLATE = "model_card.md.j2"
 EXPORT_TEMPLATE = "export_card.md.j2"
-_FRONT_MATTER = re.compile(
-    r"\A\ufeff?\s*---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE
-)
-_MAX_FRONT_MATTER = 1 << 18
 _PLACES = {
     "residual": "residual stream",
     "attn_input": "input of q, k and v",
@@ -42,17 +34,6 @@ _PLACES = {
     "mlp_input": "input of the MLP",
     "down_input": "input of down_proj",
 }
-
-
-@dataclass(frozen=True)
-class BaseMetadata:
-    """What the base model's card says of it; None where it says nothing."""
-
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    language: tuple[str, ...] | None = None
-    pipeline_tag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -216,36 +197,6 @@ def _render(template: str, card: Identity, method: str, **context: object) -> st
         license=_license(card.base),
         **context,
     )
-
-
-def base_metadata(model_dir: Path) -> BaseMetadata:
-    """Metadata from the front matter of a model's README.md.
-
-    What is absent, malformed or of another type is None.
-    """
-    try:
-        text = read_text(model_dir / CARD, _MAX_FRONT_MATTER)
-        found = _FRONT_MATTER.match(text)
-        data = parse_mapping(found[1].encode(), CARD)[0] if found else {}
-    except ConfigError:
-        return BaseMetadata()
-    return BaseMetadata(
-        license=_string(data.get("license")),
-        license_name=_string(data.get("license_name")),
-        license_link=_string(data.get("license_link")),
-        language=_strings(data.get("language")),
-        pipeline_tag=_string(data.get("pipeline_tag")),
-    )
-
-
-def _string(value: Any) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _strings(value: Any) -> tuple[str, ...] | None:
-    """One string or a list of them."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(values) if values and all(map(_string, values)) else None
 
 
 def _front_matter(card: Identity, method: str) -> str:

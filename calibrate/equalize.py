@@ -8,6 +8,8 @@ Cauchy-Schwarz it is least at ``s_i = sqrt(a_i / w_i)``: inputs and columns are 
 one size, as in SmoothQuant (Xiao et al., 2023) at alpha = 0.5, with rms for maximum.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from ..architecture import ModelShape
@@ -39,6 +41,32 @@ def up_scale(power: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         float64 ``[intermediate]``, with geometric mean 1.
     """
     return _balance(power, down.double().square().sum(dim=0))
+
+
+def up_scales(
+    power: InputPower, weights: Mapping[str, torch.Tensor], shape: ModelShape
+) -> torch.Tensor | None:
+    """:func:`up_scale` of a layer, ``[experts, intermediate]`` where it has experts.
+
+    None where what is between up and down lets no scale pass.
+
+    Args:
+        power: of the layer's inputs.
+        weights: of the layer, by name after ``model.layers.N.``.
+    """
+    if not shape.architecture.passes_up_scale:
+        return None
+    if not shape.num_experts:
+        return up_scale(power.sums["down_input"], weights["mlp.down_proj.weight"])
+    return torch.stack(
+        [
+            up_scale(
+                power.sums[f"{expert}.down_input"],
+                weights[f"{expert}.down_proj.weight"],
+            )
+            for expert in shape.mlps()
+        ]
+    )
 
 
 def value_scale(

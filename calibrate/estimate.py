@@ -35,8 +35,8 @@ _LEARNED, _REFINED = 7, 13
 _KEPT_HIDDEN, _KEPT_INTERMEDIATE = 20, 12
 # Tensors of capped scores: before and after the cap, hidden ones, probabilities.
 _SCORES = 4
-# What torch, the tokenizer and the text take once they are used.
-_LIBRARIES = 200 << 20
+LIBRARIES = 200 << 20
+"""What torch, the tokenizer and the text take once they are used."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -202,7 +202,7 @@ class Estimator:
         kept = 0 if on_disk else states + weights + tables
         phases = (self._fold(), self._rounding(), self._trained_layer())
         memory = kept + max(*phases, self._storing()) + self._chunk()
-        memory = max(memory + self._pending(), *self._end_to_end(kept)) + _LIBRARIES
+        memory = max(memory + self._pending(), *self._end_to_end(kept)) + LIBRARIES
         scratch = states + weights + tables if on_disk else 0
         return Estimate(memory, scratch, self.output, self._seconds(speed))
 

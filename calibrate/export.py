@@ -18,7 +18,8 @@ from ..lowbit_checkpoint import RECIPE, PackedWeight, read_config
 from ..manifest import read_manifest, verify
 from ..rotations import check_rotations
 from ..schema import LowbitConfig, TensorEntry, shorten
-from .card import CARD, ExportCard, base_metadata, render_export_card
+from .base_card import CARD, base_metadata
+from .card import ExportCard, render_export_card
 from .compressed import TORCH_DTYPES, Layout, layout_of, quantization_config
 from .stock import refuse_what_differs
 from .writer import CheckpointWriter, check_output

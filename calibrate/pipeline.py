@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..schema import LowbitConfig, Provenance
 from .calibration import Announce, Calibration, Progress
 from .learn.snapshot import Snapshot
-from .plan import plan, residual_is_replaced
+from .plan import plan, residual_is_replaced, written_tensors
 from .publish import Report, publish
 from .recipe import Recipe
 from .record import CALIBRATION
@@ -80,7 +80,7 @@ def calibrate(
         place,
     )
     run.check_resources(announce)
-    with CheckpointWriter(output, run.specs()) as writer:
+    with CheckpointWriter(output, written_tensors(source, config)) as writer:
         run.learn(snapshot)
         losses = run.run(writer)
         tokens, untouched = held_out * (seq_len - 1), run.untouched_experts

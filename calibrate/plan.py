@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..architecture import ModelShape
+from ..architecture import EMBEDDING, HEAD, ModelShape
+from ..checkpoint import TensorSpec
 from ..errors import ConfigError, UnsupportedError
 from ..kernels.grid import IntGrid
 from ..kernels.hadamard.matrices import largest_order
 from ..kernels.hadamard.signs import random_signs
+from ..lowbit_checkpoint import expected_tensors
 from ..placement import MIN_BLOCK, PARALLEL_SIZES, check_scheme, order_per_shard
 from ..schema import (
     LowbitConfig,
@@ -21,8 +23,10 @@ from ..schema import (
 )
 from .recipe import Recipe
 from .rotations import Orthogonal, SignedHadamard, of_stream
+from .source import Source
 from .stages import Online
 from .transforms import LayerTransforms
+from .writer import DTYPES
 
 
 def plan(
@@ -70,6 +74,19 @@ def served_shape(shape: ModelShape, config: LowbitConfig) -> ModelShape:
     if _unties(shape, config.rotations.residual is not None):
         return replace(shape, tie_word_embeddings=False)
     return shape
+
+
+def written_tensors(source: Source, config: LowbitConfig) -> dict[str, TensorSpec]:
+    """What a calibration writes, floats in the dtype of the base model, by name."""
+    shape = served_shape(source.shape, config)
+    specs = expected_tensors(shape, config)
+    for here in shape.tensors():
+        name = shape.in_lowbit(here)[0]
+        if name in specs and len(specs[name].dtypes) > 1:
+            untied = here == HEAD and source.shape.tie_word_embeddings
+            tensor = source.tensor(EMBEDDING if untied else here)
+            specs[name] = replace(specs[name], dtypes=(DTYPES[tensor.dtype],))
+    return specs
 
 
 def _unties(shape: ModelShape, rotated: bool) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..lowbit_checkpoint import RECIPE
 from ..schema import LowbitConfig
-from .card import CalibrationText, Card, TextPerplexity, base_metadata, write_card
+from .base_card import base_metadata
+from .card import CalibrationText, Card, TextPerplexity, write_card
 from .plan import served_shape
 from .recipe import Recipe
 from .source import Source

@@ -2,6 +2,8 @@
 """Likelihoods by a float or quantized model: the reference, or vLLM itself."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,6 +151,45 @@ def open_scorer(
     check_backend(backend, dtype)
     with BACKENDS[backend](target, longest, dtype, verbose) as (ran_in, losses):
         yield Scorer(target, backend, ran_in, losses)
+
+
+def reference_memory(
+    shape: ModelShape, config: LowbitConfig | None, output: int, longest: int
+) -> int:
+    """Bytes that the reference takes in float32, at most; without the libraries.
+
+    Args:
+        shape: of the model.
+        config: how its checkpoint is quantized, None for the float model.
+        output: bytes of that checkpoint's tensors.
+        longest: tokens of the longest sequence that is scored.
+    """
+    single, double = 4, 8
+    prefix = "model.layers.0."
+    # Of a layer's matrices that read the same input, which are one; their rows.
+    rows: Counter[tuple[str, int]] = Counter()
+    for name, size in shape.tensors().items():
+        if name.startswith(prefix) and len(size) == 2:
+            rows[name.rsplit(".", 2)[0], size[1]] += size[0]
+    matrices = [n * k for (_, k), n in rows.items()]
+    tokens = max(longest, REFERENCE_TOKENS)
+    scores = 4 * shape.num_heads * longest**2 * double
+    logits = 4 * tokens * shape.vocab_size * double
+    if config is None:
+        weights = sum(map(math.prod, shape.tensors().values())) * single
+        return weights + max(2 * max(matrices) * single, scores, logits)
+    table = shape.vocab_size * shape.hidden_size
+    # A byte for each code.
+    held = shape.num_layers * sum(matrices)
+    held += 2 * table * (single if config.scheme.vocab_bits == 16 else 1)
+    if config.scheme.vocab_bits != 16:
+        matrices.append(table)
+    group = config.scheme.weights.group_size
+    sums = max(n * (k // (group or k)) for (_, k), n in rows.items())
+    # Codes in float64, and sums before the groups are added.
+    linear = 3 * double * (max(matrices) + tokens * sums)
+    # Tensors of the files are split while they are there, then taken one by one.
+    return max(2 * output, output + held, held + max(linear, scores, logits))
 
 
 @contextmanager

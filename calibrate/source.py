@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
         directory: where it is.
-        name: hub name, or the directory's own name.
+        name: hub name, also of a directory in the hub's cache, or the directory's own.
         revision: commit of the hub it was taken from, None for a plain directory.
         shape: its sizes.
         files: file of each tensor, and its name there.
@@ -70,13 +70,11 @@ class Source:
         for path in safetensors_files(directory):
             with safe_open(path, framework="pt") as file:
                 files |= {shape.names.whole(name): (path, name) for name in file.keys()}  # noqa: SIM118
-        # Hub downloads lie in snapshots/<commit>.
-        resolved = directory.resolve()
-        in_hub = resolved.parent.name == "snapshots"
+        name, revision = _identity(directory.resolve())
         return cls(
             directory=directory,
-            name=model if not Path(model).is_dir() else resolved.name,
-            revision=resolved.name if in_hub else None,
+            name=name,
+            revision=revision,
             shape=shape,
             files=files,
         )
@@ -107,6 +105,17 @@ class Source:
             for name in self.shape.tensors()
             if name.startswith(prefix)
         }
+
+
+def _identity(directory: Path) -> tuple[str, str | None]:
+    """Name and revision of a model.
+
+    The hub's client keeps OWNER/NAME in ``models--OWNER--NAME/snapshots/COMMIT``.
+    """
+    kind, *parts = directory.parent.parent.name.split("--")
+    if directory.parent.name == "snapshots" and kind == "models" and parts:
+        return "/".join(parts), directory.name
+    return directory.name, None
 
 
 def _locate(model: str) -> Path:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start `vllm serve` with 4-bit quantization; say when it is ready and how to use it.
 
-Standard library only. The command is printed, so nothing here is needed to serve.
+Standard library only, but for the hub's client, which vLLM brings. The command is
+printed, so nothing here is needed to serve.
 Options that are not listed below go to `vllm serve` unchanged.
 """
 
@@ -52,6 +53,39 @@ def is_quantized(model: str) -> bool:
         return "quantization_config" in json.loads(config.read_text())
     except (ValueError, TypeError) as error:
         raise UsageError(f"{config} is not a JSON object: {error}") from None
+
+
+def check_hub(model: str, passed: list[str]) -> None:
+    """Refuse a name that neither the hub nor its cache here has: vLLM takes a minute.
+
+    HF_HUB_OFFLINE and the like count as for vLLM itself.
+    """
+    words = [word for option in passed for word in option.split("=", 1)]
+    elsewhere = os.environ.get("VLLM_USE_MODELSCOPE") or "--hf-config-path" in words
+    # Other stores have a scheme, files of a repository a colon.
+    if is_local(model) or ":" in model or elsewhere:
+        return
+    revision = dict(zip(words, words[1:], strict=False)).get("--revision")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+    )
+
+    try:
+        hf_hub_download(model, "config.json", revision=revision)
+    except RemoteEntryNotFoundError:
+        return  # vLLM reads other files as well
+    except (HFValidationError, OSError) as error:
+        # Of a hub that cannot be reached, or is not to be.
+        is_away = isinstance(error, LocalEntryNotFoundError)
+        cause = error.__cause__ if is_away else None
+        reason = " ".join(str(cause or error).split())
+        raise UsageError(
+            f"model {model!r} is not a directory, and the hub does not give it: "
+            f"{reason}"
+        ) from None
 
 
 def check_port(port: int) -> None:
@@ -150,6 +184,8 @@ def main() -> int:
         on_cpu = metadata.version("vllm").endswith("+cpu")
         command = build_command(args.model, args.port, on_cpu, passed)
         check_port(args.port)
+        if not args.dry_run:
+            check_hub(args.model, passed)
     except metadata.PackageNotFoundError:
         parser.error("vLLM is not installed; run `make setup` first")
     except UsageError as error:

@@ -4,13 +4,17 @@
 import importlib
 import json
 import os
+import runpy
 import shlex
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import vllm_lowbit
@@ -156,6 +160,56 @@ class TestServe:
         result = serve(model, "--port", free_port())
         assert result.returncode == 2
         assert f"model directory '{model}' does not exist" in result.stderr
+
+    def test_name_that_the_hub_has_not(self, tmp_path: Path) -> None:
+        """Before vLLM is started; without a hub, when it is not cached."""
+
+        class Hub(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.end_headers()
+
+        with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+            threading.Thread(target=hub.serve_forever, daemon=True).start()
+            online = {
+                "HF_HUB_OFFLINE": "0",
+                "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            }
+            for environment, reason in (
+                (online, "404"),
+                ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+            ):
+                home = str(tmp_path)
+                result = serve(
+                    "no/such", "--port", free_port(), HF_HOME=home, **environment
+                )
+                assert result.returncode == 2, result.stderr
+                last = result.stderr.splitlines()[-1]
+                assert "model 'no/such' is not a directory, and the hub does" in last
+                assert reason in last
+            hub.shutdown()
+
+    def test_name_that_the_hub_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Is asked for once, by its revision; what is of other stores is not."""
+        check = runpy.run_path(str(SERVE))["check_hub"]
+        asked: list[tuple[str, ...]] = []
+        monkeypatch.setattr(
+            huggingface_hub,
+            "hf_hub_download",
+            lambda *words, revision: asked.append((*words, revision)),
+        )
+        check("org/name", [])
+        check("org/name", ["--revision=abc", "--seed", "1"])
+        assert asked == [
+            ("org/name", "config.json", None),
+            ("org/name", "config.json", "abc"),
+        ]
+        check(str(MODEL), [])
+        check("s3://bucket/model", [])
+        check("org/name:Q4_K_M", [])
+        check("org/name", ["--hf-config-path", "other"])
+        assert len(asked) == 2
 
     @pytest.mark.parametrize(
         ("config", "message"),

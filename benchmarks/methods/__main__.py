@@ -9,8 +9,9 @@ A cell is MODEL/SCHEME/METHOD/SEED. Each is calibrated and measured in a process
 own and written to results/methods.json at once; one that is there is not measured
 again, unless its recipe, the model or a text changed, or --again is given. Every run
 ends by writing methods.md and the plots anew, from what is still measured as it would
-be now. Needs the extra `bench`; with --ray the
-extra `ray` too, and on every node this repository at the same path.
+be now; the rest stays in methods.json until it is measured again. Needs the extra
+`bench`; with --ray the extra `ray` too, and on every node this repository at the same
+path.
 """
 
 import argparse
@@ -47,13 +48,19 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     store = Store(arguments.results / "methods.json")
     fingerprints, skipped = _fingerprints()
-    store.keep_current(fingerprints)
+    store.set_aside(fingerprints)
     chosen = select(arguments.cells)
     if not chosen:
         raise SystemExit(f"no cell matches {arguments.cells!r}; --list prints them")
     if arguments.list:
         print("\n".join(cell.key for cell in chosen))
         return
+    if store.stale:
+        print(
+            f"not reported, {len(store.stale)} cells of another recipe, model or text "
+            f"than now: {', '.join(store.stale)}",
+            flush=True,
+        )
     if not arguments.report:
         _run(store, chosen, fingerprints, skipped, arguments)
     from .report import write_report

@@ -21,12 +21,15 @@ class Store:
         path: of the file.
         environments: machine and versions; a record has the index of its own.
         cells: record of each cell that was run, by its key.
+        stale: of those that would be measured otherwise now; they stay in the file
+            until they are measured again, and are not reported.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.environments: list[dict[str, str]] = []
         self.cells: dict[str, Record] = {}
+        self.stale: dict[str, Record] = {}
         self._lock = threading.Lock()
         if path.is_file():
             data = json.loads(path.read_text())
@@ -37,18 +40,16 @@ class Store:
         record = self.cells.get(cell.key, {})
         return "error" not in record and record.get("fingerprint") == fingerprint
 
-    def keep_current(self, fingerprints: Mapping[str, str]) -> None:
-        """Drop what was measured otherwise than it would be now: of another recipe,
-        model or text.
+    def set_aside(self, fingerprints: Mapping[str, str]) -> None:
+        """Take what was measured otherwise than it would be now for ``stale``: of
+        another recipe, model or text, or of a recipe that cannot be used any more.
 
         Args:
-            fingerprints: of every cell, by key.
+            fingerprints: of every cell that can be measured, by key.
         """
-        self.cells = {
-            key: record
-            for key, record in self.cells.items()
-            if record.get("fingerprint") == fingerprints.get(key)
-        }
+        for key in list(self.cells):
+            if self.cells[key].get("fingerprint") != fingerprints.get(key):
+                self.stale[key] = self.cells.pop(key)
 
     def result(self, key: str) -> Record | None:
         """What a cell measured, None when it was not, or failed."""
@@ -71,6 +72,8 @@ class Store:
                 self.environments.append(where)
             index = self.environments.index(where)
             self.cells[cell.key] = {**record, "environment": index}
-            data = {"environments": self.environments, "cells": self.cells}
+            self.stale.pop(cell.key, None)
+            cells = {**self.cells, **self.stale}
+            data = {"environments": self.environments, "cells": cells}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(self.path, json.dumps(data, indent=1) + "\n")

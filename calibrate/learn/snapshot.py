@@ -122,14 +122,13 @@ class Snapshot:
             saved = json.loads(metadata["origin"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ConfigError(
-                f"--resume: {self.path} cannot be read: {error}; remove it to start "
-                "anew"
+                f"{self.path} cannot be read: {error}; remove it to start anew"
             ) from None
         other = [name for name in origin if saved.get(name) != origin[name]]
         if other:
             raise ConfigError(
-                f"--resume: {self.path} is of another run: {', '.join(other)} differ; "
-                "use what it was started with, or remove it to start anew"
+                f"{self.path} is of another run: {', '.join(other)} differ; use what "
+                "it was started with, or remove it to start anew"
             )
         return State(step, [(int(n), float(loss)) for n, loss in curve], tensors)
 

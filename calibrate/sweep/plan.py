@@ -9,13 +9,20 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...lowbit_checkpoint import expected_tensors
+from ...schema import LowbitConfig
 from ..choices import read_tasks, tokenize_tasks
-from ..estimate import Estimator, Speed, available_memory, readable_size
+from ..estimate import (
+    LIBRARIES,
+    Estimator,
+    Speed,
+    available_memory,
+    readable_size,
+)
 from ..evaluate import text_windows
 from ..pipeline import configure, held_out_windows, open_scratch
 from ..plan import served_shape
 from ..recipe import Recipe, load_recipe
-from ..scoring import Target
+from ..scoring import Target, reference_memory
 from ..source import Source
 from ..text import calibration_windows
 from ..writer import COMPANIONS, largest_bytes
@@ -60,12 +67,14 @@ class Run:
         name: ``RECIPE-SCHEME-seedN``, or ``float``.
         recipe: None for the float model.
         made_from: as in :class:`.store.Record`.
+        measuring: bytes of memory that measuring it takes, at most.
         output: bytes of the checkpoint's tensors, at most.
     """
 
     name: str
     recipe: Recipe | None
     made_from: dict[str, str]
+    measuring: int
     output: int = 0
 
 
@@ -74,8 +83,7 @@ class Plan:
     """A sweep that can start.
 
     Attributes:
-        model: absolute directory, or hub name.
-        source: the model.
+        source: the model; of the hub the revision that was found at the start.
         text, scratch: as in :class:`Settings`, absolute.
         evaluation: with absolute paths.
         measured_on: as in :class:`.store.Record`.
@@ -83,7 +91,6 @@ class Plan:
             that half a sweep is a whole table.
     """
 
-    model: str
     source: Source
     text: Path
     scratch: Path | None
@@ -97,24 +104,34 @@ class Plan:
         Raises:
             ConfigError: naming what is needed, what is there, and how many would fit.
         """
-        calibrations = [run for run in waiting if run.recipe is not None]
-        needs = sorted(map(self.memory_of, calibrations), reverse=True)[:workers]
-        there = available_memory()
+        runs = sorted(waiting, key=self.memory_of, reverse=True)[:workers]
+        needs, there = list(map(self.memory_of, runs)), available_memory()
         if sum(needs) <= there:
             return
         fitting = max(n for n in range(len(needs)) if sum(needs[:n]) <= there)
         help_ = f"--workers {fitting} fits"
-        if not fitting:
+        if not fitting and runs[0].measuring > there:
+            help_ = (
+                f"measuring {runs[0].name} by the reference model takes "
+                f"{readable_size(runs[0].measuring)}, which no option but a smaller "
+                "--seq-len changes"
+            )
+        elif not fitting:
             help_ = "use --scratch DIR, or fewer or shorter samples"
         raise ConfigError(
-            f"{len(needs)} calibrations at a time take about "
+            f"{len(needs)} runs at a time take about "
             f"{readable_size(sum(needs))} of memory, {readable_size(there)} are "
             f"available; {help_}"
         )
 
     def memory_of(self, run: Run) -> int:
-        """Bytes that a calibration takes."""
-        assert run.recipe is not None
+        """Bytes that a run takes: to calibrate, then to measure."""
+        return max(self.calibrating(run), run.measuring)
+
+    def calibrating(self, run: Run) -> int:
+        """Bytes that a calibration takes, none for the float model."""
+        if run.recipe is None:
+            return 0
         shape, samples = self.source.shape, run.recipe.data.samples
         windows = samples + held_out_windows(samples)
         estimator = Estimator(shape, run.recipe.sized(shape), windows, run.output)
@@ -137,22 +154,23 @@ def make_plan(settings: Settings) -> Plan:
     ]
     if settings.scratch is not None:
         open_scratch(settings.scratch, "cpu")
-    measured_on = _measured_on(Target.open(str(source.directory)), evaluation)
+    target = Target.open(str(source.directory))
+    measured_on, longest = _measured_on(target, evaluation)
     _check_text(source, recipes, settings.text)
     of_model, of_text = _of_model(source), _sha256([settings.text])
-    runs = [Run(FLOAT, None, {"model": of_model})]
+    measuring = _measuring(source, None, 0, longest)
+    runs = [Run(FLOAT, None, {"model": of_model}, measuring)]
     for recipe, config in zip(recipes, configs, strict=True):
         name = f"{recipe.name}-{recipe.scheme}-seed{recipe.seed}"
         sized = recipe.sized(source.shape).sha256()
         made_from = {"model": of_model, "recipe": sized, "text": of_text}
         specs = expected_tensors(served_shape(source.shape, config), config)
         output = sum(map(largest_bytes, specs.values()))
-        runs.append(Run(name, recipe, made_from, output))
-    is_local = Path(settings.model).is_dir()
+        measuring = _measuring(source, config, output, longest)
+        runs.append(Run(name, recipe, made_from, measuring, output))
     tasks = tuple(str(Path(path).absolute()) for path in evaluation.tasks)
     data = evaluation.data and str(Path(evaluation.data).absolute())
     return Plan(
-        model=str(Path(settings.model).absolute()) if is_local else settings.model,
         source=source,
         text=settings.text.absolute(),
         scratch=settings.scratch and settings.scratch.absolute(),
@@ -205,12 +223,22 @@ def _check_text(source: Source, recipes: Sequence[Recipe], text: Path) -> None:
         calibration_windows(str(source.directory), text, samples, length, 0)
 
 
-def _measured_on(target: Target, evaluation: Evaluation) -> dict[str, Any]:
+def _measuring(
+    source: Source, config: LowbitConfig | None, output: int, longest: int
+) -> int:
+    shape = source.shape if config is None else served_shape(source.shape, config)
+    return reference_memory(shape, config, output, longest) + LIBRARIES
+
+
+def _measured_on(target: Target, evaluation: Evaluation) -> tuple[dict[str, Any], int]:
+    """As in :class:`.store.Record`, and tokens of the longest sequence."""
     found: dict[str, Any] = {}
+    longest = 0
     if evaluation.data is not None:
         data, seq_len = Path(evaluation.data), evaluation.seq_len
         text_windows(target, data, seq_len, evaluation.max_tokens)
         found |= {"text": _sha256([data]), "seq_len": seq_len}
+        longest = seq_len
         if evaluation.max_tokens is not None:
             found["max_tokens"] = evaluation.max_tokens
     if evaluation.tasks:
@@ -220,11 +248,13 @@ def _measured_on(target: Target, evaluation: Evaluation) -> dict[str, Any]:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"--tasks: two files are called {name}")
-        tokenize_tasks(target, tasks)
+        choices = tokenize_tasks(target, tasks)
+        lengths = (len(scored.token_ids) for task in choices for scored in task)
+        longest = max(longest, *lengths)
         found["tasks"] = {task.name: _sha256([Path(task.source)]) for task in tasks}
         if evaluation.limit is not None:
             found["limit"] = evaluation.limit
-    return found
+    return found, longest
 
 
 def _of_model(source: Source) -> str:

@@ -30,17 +30,21 @@ class Where:
     """On what runs are spread.
 
     Attributes:
-        workers: at a time on this machine.
+        workers: at a time on this machine; None is a core for each that is left to do.
         ray: address of a cluster instead, a core for each.
     """
 
-    workers: int
+    workers: int | None = None
     ray: str | None = None
 
-    @property
-    def threads(self) -> int:
-        """Of a run, as everywhere: OMP_NUM_THREADS, else its share of the cores."""
-        cores = 1 if self.ray else len(os.sched_getaffinity(0)) // self.workers
+    def workers_for(self, runs: int) -> int:
+        """How many of so many runs are under way at a time on this machine."""
+        return self.workers or max(1, min(runs, len(os.sched_getaffinity(0))))
+
+    def threads_for(self, runs: int) -> int:
+        """Of each: OMP_NUM_THREADS as everywhere, else its share of the cores."""
+        workers = self.workers_for(runs)
+        cores = 1 if self.ray else len(os.sched_getaffinity(0)) // workers
         chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
         return int(chosen) if chosen.isdigit() else max(1, cores)
 
@@ -95,20 +99,21 @@ class Sweep:
         """Do what is left, and write sweep.json and sweep.md after each run.
 
         Raises:
-            ConfigError: before anything is started, for a directory that holds
-                something else or has another sweep at work, too little memory, or a
-                cluster that is not there.
+            ConfigError: before anything is started or removed, for a directory that
+                holds something else, or checkpoints that were made from other inputs,
+                or has another sweep at work; for too little memory, or a cluster that
+                is not there.
             OutputError: when a file cannot be written; ends all runs.
         """
         left = self._open()
         if self.where.ray is None:
-            self.plan.check_memory(left, self.where.workers)
+            self.plan.check_memory(left, self.where.workers_for(len(left)))
         with locked(self.directory):
             # It may have changed while nobody was kept out.
             left = self._open()
             for run in left:
                 self._clear(run)
-                self._expect(run)
+                self._expect(run, self.where.threads_for(len(left)))
             self._write()
             self.say(f"{len(left)} of {len(self.plan.runs)} runs to do")
             self._spread([self._job(run) for run in left])
@@ -121,6 +126,12 @@ class Sweep:
         left = [run for run in self.plan.runs if not table.is_done(run)]
         for run in left:
             self._check_checkpoint(run)
+        others = [str(self._checkpoint(run)) for run in left if self._is_other(run)]
+        if others:
+            raise ConfigError(
+                f"{', '.join(others)}: made from another recipe, model or text than "
+                "now; remove what you do not need, or choose another directory"
+            )
         return left
 
     def _spread(self, jobs: list[Job]) -> None:
@@ -140,7 +151,7 @@ class Sweep:
                 shutil.rmtree(self._checkpoint(job.run), ignore_errors=True)
 
         if self.where.ray is None:
-            run_here(jobs, work, self.where.workers, keep)
+            run_here(jobs, work, self.where.workers_for(len(jobs)), keep)
         else:
             lost = lambda job, reason: Ended(1, None, reason, 0.0)
             run_on_cluster(jobs, work, self.where.ray, keep, lost)
@@ -152,6 +163,11 @@ class Sweep:
         """Whether what is there of a run is as it would be made now."""
         record = self.store.runs.get(run.name)
         return record is not None and record.made_from == run.made_from
+
+    def _is_other(self, run: Run) -> bool:
+        """Whether a checkpoint is there that this sweep made from other inputs."""
+        kept = run.recipe is not None and self._checkpoint(run).exists()
+        return kept and not self._is_made(run)
 
     def _check_checkpoint(self, run: Run) -> None:
         """Refuse a checkpoint that is in the place of one of ours."""
@@ -173,15 +189,17 @@ class Sweep:
 
     def _clear(self, run: Run) -> None:
         """Remove what is not gone on with: of other inputs, or of a killed process."""
-        checkpoint = self._checkpoint(run)
         for staging in self.directory.glob(f".{run.name}-????????"):
             shutil.rmtree(staging)
-        if run.recipe is not None and not self._is_made(run):
-            if checkpoint.exists():
-                shutil.rmtree(checkpoint)
-            snapshot_path(checkpoint).unlink(missing_ok=True)
+        snapshot = snapshot_path(self._checkpoint(run))
+        if snapshot.exists() and not self._is_made(run):
+            snapshot.unlink()
+            self.say(
+                f"{run.name}: its recipe, model or text is another one than when "
+                "learning was interrupted; it starts anew"
+            )
 
-    def _expect(self, run: Run) -> None:
+    def _expect(self, run: Run, threads: int) -> None:
         """Have a record of a run before it starts: it says what is made there."""
         recipe, before = run.recipe, self.store.runs.get(run.name)
         kept = before if self._is_made(run) else None
@@ -192,7 +210,7 @@ class Sweep:
             seed=None if recipe is None else recipe.seed,
             made_from=run.made_from,
             # Learning goes on only where sums are taken in the same order.
-            threads=self.where.threads if learning is None else learning.threads,
+            threads=threads if learning is None else learning.threads,
             calibration_seconds=None if kept is None else kept.calibration_seconds,
         )
 
@@ -200,7 +218,7 @@ class Sweep:
         plan, calibration = self.plan, None
         if run.recipe is not None:
             calibration = Calibration(
-                model=plan.model,
+                model=str(plan.source.directory.absolute()),
                 recipe=run.recipe.text(),
                 text=str(plan.text),
                 output=str(self._checkpoint(run)),

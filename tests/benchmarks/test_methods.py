@@ -197,8 +197,16 @@ class TestStore:
         first, second, third = methods("cells").all_cells()[:3]
         for cell in (first, second, third):
             store.write(cell, record(36.0, environment={}))
-        store.keep_current({first.key: "x", second.key: "of a changed recipe"})
+        store.set_aside({first.key: "x", second.key: "of a changed recipe"})
         assert store.cells.keys() == {first.key}
+        assert store.stale.keys() == {second.key, third.key}
+        # Nothing is lost by what is measured next.
+        changed = {**record(35.0, environment={}), "fingerprint": "of a changed recipe"}
+        store.write(second, changed)
+        again = methods("store").Store(store.path)
+        assert again.cells.keys() == {first.key, second.key, third.key}
+        assert store.stale.keys() == {third.key}
+        assert again.result(second.key)["perplexity"]["novel"] == 35.0
 
     def test_time_limit_and_order(
         self, methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from vllm_lowbit.calibrate.base_card import BaseMetadata, base_metadata
 from vllm_lowbit.calibrate.card import (
-    BaseMetadata,
     CalibrationText,
     Card,
     TextPerplexity,
-    base_metadata,
     render_card,
     write_card,
 )

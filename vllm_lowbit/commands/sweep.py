@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-lowbit sweep``."""
 
-import os
 import signal
 import sys
 from contextlib import redirect_stdout
@@ -149,8 +148,7 @@ def sweep(
                 scratch=scratch,
             )
         )
-        cores = len(os.sched_getaffinity(0))
-        where = Where(workers or min(cores, len(plan.runs)), ray)
+        where = Where(workers, ray)
         say = lambda line: print(line, flush=True)
         table = _run(Sweep(plan, output, where, not remove_checkpoints, say))
     _show(table, output)

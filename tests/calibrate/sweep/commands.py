@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of a sweep pass it, and read."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from typer.testing import CliRunner
 
 from vllm_lowbit import cli
+from vllm_lowbit.calibrate.sweep import one, plan
+from vllm_lowbit.calibrate.text import default_text
 
 DATA = Path(__file__).parents[3] / "benchmarks" / "data"
 TEXT = DATA / "wikitext-2" / "test.txt"
@@ -26,3 +29,20 @@ def sweep(*arguments: object, code: int = 0) -> tuple[str, str]:
 
 def records(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "sweep.json").read_text())["runs"]
+
+
+def settings_of(model: Path, **changes: Any) -> plan.Settings:
+    """Of a sweep of one recipe, as SMALL and MEASURED say, but for changes."""
+    settings = plan.Settings(
+        model=str(model),
+        recipes=["rtn"],
+        schemes=[],
+        seeds=[],
+        samples=4,
+        seq_len=32,
+        vocab_bits=None,
+        text=default_text(),
+        evaluation=one.Evaluation(data=str(TEXT), seq_len=64, max_tokens=200),
+        scratch=None,
+    )
+    return dataclasses.replace(settings, **changes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vllm_lowbit.calibrate import source
 from vllm_lowbit.calibrate.choices import evaluate_choices
 from vllm_lowbit.calibrate.evaluate import evaluate
 from vllm_lowbit.calibrate.learn.snapshot import snapshot_path
@@ -20,24 +21,7 @@ from vllm_lowbit.calibrate.sweep import one, plan, run
 from vllm_lowbit.calibrate.text import default_text
 from vllm_lowbit.errors import CalibrationError
 
-from .commands import MEASURED, SMALL, TASK, TEXT, records, sweep
-
-
-def settings_of(model: Path, **changes: Any) -> plan.Settings:
-    """Of a sweep of one recipe, as SMALL and MEASURED say, but for changes."""
-    settings = plan.Settings(
-        model=str(model),
-        recipes=["rtn"],
-        schemes=[],
-        seeds=[],
-        samples=4,
-        seq_len=32,
-        vocab_bits=None,
-        text=default_text(),
-        evaluation=one.Evaluation(data=str(TEXT), seq_len=64, max_tokens=200),
-        scratch=None,
-    )
-    return dataclasses.replace(settings, **changes)
+from .commands import MEASURED, SMALL, TASK, TEXT, records, settings_of, sweep
 
 
 class TestSweep:
@@ -120,7 +104,7 @@ class TestSweep:
         arguments = str(model), tmp_path / "out", lowbit.recipe, default_text()
         calibrate(*arguments, "cpu", announce=said.append)
         (estimate,) = said
-        more = made.memory_of(lowbit) - estimate.memory
+        more = made.calibrating(lowbit) - estimate.memory
         assert 0 <= more <= estimate.output
 
     def test_done_is_done(
@@ -148,19 +132,22 @@ class TestSweep:
         # A copy of the text at another path is the same text.
         copy = shutil.copy(TEXT, tmp_path / "copy")
         assert again("--data", copy, *MEASURED[2:]) == []
-        assert again(*MEASURED[:-1], 100) == ["float", mine]
+        fewer = (*MEASURED[:-1], 100)
+        assert again(*fewer) == ["float", mine]
         assert weights.stat().st_mtime_ns == made
         seconds = records(out)[mine]["calibration_seconds"]
         assert seconds == first[mine]["calibration_seconds"]
-        assert again(*MEASURED) == ["float", mine]
-        assert again(*MEASURED, "--recipe", "rtn", "--scheme", "w4a16") == [
+        assert again(*fewer, "--recipe", "rtn", "--scheme", "w4a16") == [
             "rtn-w4a16-seed0"
         ]
         recipe.write_text("name: mine\nscheme: w4a16\nweights: {method: rtn}\n")
-        assert again(*MEASURED) == [mine]
-        assert weights.stat().st_mtime_ns != made
+        before = records(out)
+        _, stderr = sweep(*words, *fewer, code=1)
+        assert f"error: {out / mine}: made from another recipe, model or" in stderr
+        assert weights.stat().st_mtime_ns == made and records(out) == before
+        shutil.rmtree(out / mine)
         text.write_text(default_text().read_text()[20_000:40_000])
-        assert again(*MEASURED) == [mine]
+        assert again(*fewer) == [mine]
         # The other one was measured before the text changed, but stays on record.
         assert "rtn-w4a16-seed0" in records(out)
         assert "rtn" not in (out / "sweep.md").read_text()
@@ -232,6 +219,43 @@ class TestSweep:
         monkeypatch.setenv("OMP_NUM_THREADS", "5")
         sweep(*words, code=1)
         assert seen == {names[0]: 5, names[1]: 5, names[2]: 3}
+        assert snapshot_path(out / names[2]).exists()
+        _, stderr = sweep(*words, "--samples", 5, code=1)
+        assert not snapshot_path(out / names[2]).exists()
+        assert f"{names[2]}: its recipe, model or text is another one than" in stderr
+        assert seen == dict.fromkeys(names, 5)
+
+    def test_share_of_the_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By default of what is left to do, not of all runs."""
+        monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: set(range(8)))
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        shares = [
+            (where.workers_for(left), where.threads_for(left))
+            for where in (run.Where(), run.Where(4), run.Where(ray="auto"))
+            for left in (1, 3, 20)
+        ]
+        assert shares[:6] == [(1, 8), (3, 2), (8, 1), (4, 2), (4, 2), (4, 2)]
+        assert {threads for _, threads in shares[6:]} == {1}
+
+    def test_one_revision_of_the_hub(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """That of the start; every run takes it from its directory, by its name."""
+        snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abc"
+        shutil.copytree(model, snapshot)
+        found = iter([str(snapshot)])
+        monkeypatch.setattr(
+            source, "snapshot_download", lambda *words, **options: next(found)
+        )
+        made = plan.make_plan(settings_of(Path("org/name")))
+        opened = source.Source.open(str(snapshot))
+        for one_source in (made.source, opened):
+            assert (one_source.name, one_source.revision) == ("org/name", "0123abc")
+        whole = run.Sweep(made, tmp_path / "out", run.Where(), True, print)
+        whole._expect(made.runs[1], 1)
+        task = whole._job(made.runs[1]).task
+        assert task.calibration is not None
+        assert task.calibration.model == task.model == str(snapshot)
 
     def test_a_full_disk_ends_it(
         self,

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-lowbit sweep` refuses before anything is written or started."""
 
+import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vllm_lowbit.calibrate.pipeline import calibrate
+from vllm_lowbit.calibrate.pipeline import calibrate, configure
 from vllm_lowbit.calibrate.recipe import load_recipe
+from vllm_lowbit.calibrate.scoring import reference_memory
 from vllm_lowbit.calibrate.sweep import plan, run
 from vllm_lowbit.calibrate.text import default_text
+from vllm_lowbit.errors import ConfigError
 
-from .commands import MEASURED, SMALL, TASK, sweep
+from .commands import MEASURED, SMALL, TASK, settings_of, sweep
 
 
 class TestRefused:
@@ -94,19 +98,39 @@ class TestRefused:
         started: list[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Of all that would run at a time."""
-        monkeypatch.setattr(plan, "available_memory", lambda: 600 << 20)
-        seeds = [word for seed in range(4) for word in ("--seed", seed)]
-        words = (model, "-o", tmp_path / "out", "--recipe", "rtn", *seeds)
-        words += (*SMALL, *MEASURED)
-        _, stderr = sweep(*words, "--workers", 4, code=1)
-        assert "4 calibrations at a time take about" in stderr
-        assert "600 MiB are available; --workers 2 fits\n" in stderr
+        """Of all that would run at a time, to calibrate or to measure it."""
+        monkeypatch.setattr(plan, "available_memory", lambda: 1000)
+        words = (model, "-o", tmp_path / "out", "--recipe", "rtn", *SMALL, *MEASURED)
+        _, stderr = sweep(*words, "--workers", 2, code=1)
+        assert "2 runs at a time take about" in stderr
         assert not started and not list(tmp_path.iterdir())
-        sweep(*words, "--workers", 2)
-        monkeypatch.setattr(plan, "available_memory", lambda: 1)
-        _, stderr = sweep(*words, "--samples", 5, "--workers", 4, code=1)
-        assert "use --scratch DIR, or fewer or shorter samples" in stderr
+        made = plan.make_plan(settings_of(model))
+        large, small = replace(made.runs[1], measuring=700), made.runs[0]
+        monkeypatch.setattr(plan.Plan, "calibrating", lambda *_: 300)
+        small = replace(small, measuring=200)
+        made.check_memory([small, small, large], 2)
+        with pytest.raises(ConfigError, match=r"3 runs at a time .*; --workers 2 fits"):
+            made.check_memory([small, small, large], 3)
+        large = replace(large, measuring=1001)
+        with pytest.raises(ConfigError, match=f"measuring {large.name} by the refer"):
+            made.check_memory([small, large], 1)
+        monkeypatch.setattr(plan.Plan, "calibrating", lambda *_: 1001)
+        with pytest.raises(ConfigError, match="use --scratch DIR, or fewer or short"):
+            made.check_memory([small], 1)
+
+    def test_memory_of_measuring(self, model: Path) -> None:
+        """All weights at once, unlike calibrating."""
+        made = plan.make_plan(settings_of(model, recipes=["rtn"], vocab_bits=16))
+        floats, quantized = made.runs
+        shape = replace(made.source.shape, num_layers=100)
+        assert quantized.recipe is not None
+        config = configure(made.source, quantized.recipe, "model")
+        weights = sum(map(math.prod, shape.tensors().values()))
+        of_float = reference_memory(shape, None, 0, 64)
+        assert 4 * weights < of_float < 4 * weights + floats.measuring
+        of_quantized = reference_memory(shape, config, weights // 2, 64)
+        assert weights < of_quantized < of_float
+        assert reference_memory(shape, None, 0, 65536) > of_float + 8 * 65536**2
 
 
 class TestDirectory:
