@@ -71,6 +71,38 @@ assert [body.count(" FADD ") for body in bodies] == [accumulators, 0]
 """
 
 
+# What the results lack is added to them: rows of cases that failed are made anew.
+ADDED = """
+import json, pathlib, sys
+from benchmarks.compile import __main__ as report
+report.RESULTS = folder = pathlib.Path(sys.argv[1])
+
+def row(name, **more):
+    case = {"operator": "linear_w4a4", "target": "sm_80", "name": name, "ceiling": 9}
+    return {**case, "faults": [], **more}
+
+def names():
+    sections = json.loads((folder / "compile.json").read_text())
+    return {key: [r["name"] for r in s["cases"]] for key, s in sections.items()}
+
+report._replace([row("a"), row("b", faults=["1 spills"]), row("x", operator="kv4")])
+known = {("linear_w4a4", "sm_80", "a", 9), ("kv4", "sm_80", "x", 9)}
+assert report._known() == known
+report._add([row("b")])
+report._add([row("c")])
+kept = {"linear_w4a4": ["a"], "kv4": ["x"]}
+assert names() == {**kept, "linear_w4a4, part 2": ["b", "c"]}
+report.describe = lambda: {"date": "another"}
+report._add([row("c"), row("d")])
+assert names() == {
+    **kept, "linear_w4a4, part 2": ["b"], "linear_w4a4, part 3": ["c", "d"]
+}
+assert "--missing`: date another" in (folder / "compile.md").read_text()
+report._replace([row("e")])
+assert names() == {"linear_w4a4": ["e"], "kv4": ["x"]}
+"""
+
+
 # The loop of kv4_attention on gfx942 is jumped into, and its blocks do not lie in
 # order: the shortest way back over a product is a part of it. Beside it a loop without
 # products, around it another.
@@ -161,6 +193,11 @@ def test_too_much_tensor_memory() -> None:
 
 def test_partial_sums_are_promoted() -> None:
     result = python("-c", PROMOTED)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_what_the_results_lack_is_added(tmp_path: Path) -> None:
+    result = python("-c", ADDED, str(tmp_path))
     assert result.returncode == 0, result.stderr[-4000:]
 
 
