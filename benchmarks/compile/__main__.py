@@ -9,9 +9,9 @@ what a launch takes it to need, the expected matrix instruction, and no more
 instructions than its ceiling in the main loop. Modules of cases say which are chosen.
 Writes the sections of the operators in results/compile.json and results/compile.md,
 unless --check is given or chips or cases are left out; exits with 1 when a case does
-not meet its demands. --missing compiles what the results do not have, with its ceiling
-and without faults, and writes it in sections of its own, whatever is left out. All
-operators take about two hours on a core.
+not meet its demands. --missing compiles what the results do not have with its ceiling
+and launch and without faults, whatever is left out, and writes it in sections of its
+own; rows of cases that are no more go. All operators take about two hours on a core.
 """
 
 import argparse
@@ -71,22 +71,22 @@ def main() -> None:
     writing.add_argument("--check", action="store_true")
     writing.add_argument("--missing", action="store_true")
     options = parser.parse_args()
-    known = _known() if options.missing else set()
+    known = _known() if options.missing else {}
+    every = [case for source in SOURCES for case in source.cases()]
     chosen = [
         case
-        for source in SOURCES
-        for case in source.cases()
+        for case in every
         if options.target in (None, case.target)
         and options.operator in (None, case.operator)
         and (case.quick or not options.quick)
-        and (case.operator, case.target, case.name, case.ceiling) not in known
+        and known.get(_case_of(vars(case))) != (case.ceiling, case.options)
     ]
     if not chosen:
         sys.exit(f"error: no case of operator {options.operator!r} for these options")
     rows = [_row(case) for case in chosen]
     failed = [row for row in rows if row["faults"]]
     if options.missing:
-        _add(rows)
+        _add(rows, {_case_of(vars(case)) for case in every})
     elif not (options.target or options.quick or options.check):
         _replace(rows)
     print(f"{len(rows) - len(failed)} of {len(rows)} cases meet their demands")
@@ -140,10 +140,10 @@ def _sections() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _known() -> set[tuple[str, str, str, int | None]]:
-    """Cases of the results that met the demands, and their ceilings."""
+def _known() -> dict[tuple[str, str, str], tuple[int | None, dict[str, Any]]]:
+    """Cases of the results that met the demands: their ceilings and launches."""
     return {
-        (*_case_of(row), row["ceiling"])
+        _case_of(row): (row["ceiling"], row["options"])
         for section in _sections().values()
         for row in section["cases"]
         if not row["faults"]
@@ -167,13 +167,15 @@ def _replace(rows: list[dict[str, Any]]) -> None:
     _write(sections)
 
 
-def _add(rows: list[dict[str, Any]]) -> None:
-    """Sections of this environment, or more rows in them; older rows of cases go."""
+def _add(rows: list[dict[str, Any]], every: set[tuple[str, str, str]]) -> None:
+    """Sections of this environment, or more rows in them.
+
+    Older rows of these cases go, and those that are of none of every case.
+    """
     environment, sections = describe(), _sections()
-    added = {_case_of(row) for row in rows}
+    kept = every - {_case_of(row) for row in rows}
     for section in sections.values():
-        kept = [row for row in section["cases"] if _case_of(row) not in added]
-        section["cases"] = kept
+        section["cases"] = [r for r in section["cases"] if _case_of(r) in kept]
     for operator, cases in _by_operator(rows).items():
         for part in count(2):
             empty = {"environment": environment, "cases": []}

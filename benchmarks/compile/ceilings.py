@@ -32,8 +32,7 @@ class Budget:
         scale: for each output channel and group of the tile.
         token: for each sum of a group that a scale of its token is multiplied with. One
             is the product; the rest loads that and the zero point, which a thread has
-            for every sum of Blackwell's units, for two of Hopper's, and of the others
-            for so few that other budgets have room for them.
+            for every sum of Blackwell's units, for two of Hopper's, for more of others.
     """
 
     start: float
@@ -49,9 +48,9 @@ class Budget:
 
 # By operator and by a part of the name of the matrix instruction.
 BUDGETS = {
-    ("linear_w4a4", "MMA"): Budget(0, 0.8, 0, 0, 2.25, 0, 9, 0, 1),
+    ("linear_w4a4", "MMA"): Budget(0, 0.8, 0, 0, 2.25, 0, 9, 0, 2.5),
     ("linear_w4a4", "GMMA"): Budget(50, 1.2, 0, 0, 1.8, 0, 2.8, 105, 3),
-    ("linear_w4a4", "UTC"): Budget(71, 1.35, 0, 0, 1.5, 0, 2.5, 90, 8.5),
+    ("linear_w4a4", "UTC"): Budget(71, 1.35, 0, 0, 1.5, 0, 2.5, 90, 10),
     ("linear_w4a4", "mfma"): Budget(47, 1.3, 0, 0, 1.7, 0, 12, 375, 1),
     ("linear_wna16", "MMA"): Budget(60, 3.6, 5.7, 12.5, 0, 4.2, 1.3, 39, 0),
     ("linear_wna16", "GMMA"): Budget(75, 3.8, 6.2, 6.1, 0.5, 0, 0.6, 61, 0),

@@ -78,22 +78,24 @@ from benchmarks.compile import __main__ as report
 report.RESULTS = folder = pathlib.Path(sys.argv[1])
 
 def row(name, **more):
-    case = {"operator": "linear_w4a4", "target": "sm_80", "name": name, "ceiling": 9}
-    return {**case, "faults": [], **more}
+    case = {"operator": "linear_w4a4", "target": "sm_80", "name": name}
+    return {**case, "ceiling": 9, "options": {"num_warps": 4}, "faults": [], **more}
 
 def names():
     sections = json.loads((folder / "compile.json").read_text())
     return {key: [r["name"] for r in s["cases"]] for key, s in sections.items()}
 
 report._replace([row("a"), row("b", faults=["1 spills"]), row("x", operator="kv4")])
-known = {("linear_w4a4", "sm_80", "a", 9), ("kv4", "sm_80", "x", 9)}
-assert report._known() == known
-report._add([row("b")])
-report._add([row("c")])
+known = ("linear_w4a4", "sm_80", "a"), ("kv4", "sm_80", "x")
+assert report._known() == dict.fromkeys(known, (9, {"num_warps": 4}))
+every = {("linear_w4a4", "sm_80", name) for name in "abcd"} | {("kv4", "sm_80", "x")}
+report._add([row("b")], every)
+report._add([row("c")], every)
 kept = {"linear_w4a4": ["a"], "kv4": ["x"]}
 assert names() == {**kept, "linear_w4a4, part 2": ["b", "c"]}
 report.describe = lambda: {"date": "another"}
-report._add([row("c"), row("d")])
+report._add([row("c"), row("d")], every - {("linear_w4a4", "sm_80", "a")})
+kept["linear_w4a4"] = []
 assert names() == {
     **kept, "linear_w4a4, part 2": ["b"], "linear_w4a4, part 3": ["c", "d"]
 }
