@@ -49,7 +49,7 @@ class Budget:
 # By operator and by a part of the name of the matrix instruction.
 BUDGETS = {
     ("linear_w4a4", "MMA"): Budget(0, 0.8, 0, 0, 2.25, 0, 9, 0, 2.5),
-    ("linear_w4a4", "GMMA"): Budget(50, 1.2, 0, 0, 1.8, 0, 2.8, 105, 3),
+    ("linear_w4a4", "GMMA"): Budget(50, 1.2, 0, 0, 1.8, 0, 2.8, 105, 4.5),
     ("linear_w4a4", "UTC"): Budget(71, 1.35, 0, 0, 1.5, 0, 2.5, 90, 10),
     ("linear_w4a4", "mfma"): Budget(47, 1.3, 0, 0, 1.7, 0, 12, 375, 1),
     ("linear_wna16", "MMA"): Budget(60, 3.6, 5.7, 12.5, 0, 4.2, 1.3, 39, 0),

@@ -71,37 +71,51 @@ assert [body.count(" FADD ") for body in bodies] == [accumulators, 0]
 """
 
 
-# What the results lack is added to them: rows of cases that failed are made anew.
+# What the results lack is added to them: rows of cases that fail are made anew.
 ADDED = """
 import json, pathlib, sys
 from benchmarks.compile import __main__ as report
+from benchmarks.compile.assembly import Report
+from benchmarks.compile.case import Case
 report.RESULTS = folder = pathlib.Path(sys.argv[1])
+code = vars(Report(64, 0, 1024, 0, {}, 100, True))
+
+def case(name, **more):
+    return Case(**{
+        "operator": "linear_w4a4", "target": "sm_80", "name": name, "kernel": None,
+        "types": {}, "constants": {}, "options": {"num_warps": 4}, "ceiling": 100,
+        **more
+    })
 
 def row(name, **more):
-    case = {"operator": "linear_w4a4", "target": "sm_80", "name": name}
-    return {**case, "ceiling": 9, "options": {"num_warps": 4}, "faults": [], **more}
+    own = {k: getattr(case(name), k) for k in ("operator", "target", "options")}
+    return {**own, "name": name, "ceiling": 100, "faults": [], **code, **more}
 
-def names():
-    sections = json.loads((folder / "compile.json").read_text())
+def names(sections):
     return {key: [r["name"] for r in s["cases"]] for key, s in sections.items()}
 
-report._replace([row("a"), row("b", faults=["1 spills"]), row("x", operator="kv4")])
-known = ("linear_w4a4", "sm_80", "a"), ("kv4", "sm_80", "x")
-assert report._known() == dict.fromkeys(known, (9, {"num_warps": 4}))
-every = {("linear_w4a4", "sm_80", name) for name in "abcd"} | {("kv4", "sm_80", "x")}
-report._add([row("b")], every)
-report._add([row("c")], every)
+report._replace([row("a"), row("b", spills=1), row("x", operator="kv4"), row("old")])
+every = [case("a", ceiling=99), case("b"), case("x", operator="kv4"), case("c")]
+judged = report._judged(every)
+assert names(judged) == {"linear_w4a4": ["a", "b"], "kv4": ["x"]}
+assert [(r["name"], r["ceiling"], r["faults"]) for r in report._rows_of(judged)] == [
+    ("a", 99, ["100 instructions > 99"]), ("b", 100, ["1 spills"]), ("x", 100, [])
+]
+other = report._judged([case("a", options={"num_warps": 8}), case("b")])
+assert names(other) == {"linear_w4a4": ["b"], "kv4": []}
+
+report._add(judged, [row("b")])
 kept = {"linear_w4a4": ["a"], "kv4": ["x"]}
-assert names() == {**kept, "linear_w4a4, part 2": ["b", "c"]}
+assert names(report._sections()) == {**kept, "linear_w4a4, part 2": ["b"]}
+report._add(report._judged(every), [row("c")])
+assert names(report._sections()) == {**kept, "linear_w4a4, part 2": ["b", "c"]}
 report.describe = lambda: {"date": "another"}
-report._add([row("c"), row("d")], every - {("linear_w4a4", "sm_80", "a")})
-kept["linear_w4a4"] = []
-assert names() == {
-    **kept, "linear_w4a4, part 2": ["b"], "linear_w4a4, part 3": ["c", "d"]
-}
+report._add(report._judged(every), [row("c")])
+parts = {"linear_w4a4, part 2": ["b"], "linear_w4a4, part 3": ["c"]}
+assert names(report._sections()) == {**kept, **parts}
 assert "--missing`: date another" in (folder / "compile.md").read_text()
 report._replace([row("e")])
-assert names() == {"linear_w4a4": ["e"], "kv4": ["x"]}
+assert names(report._sections()) == {"linear_w4a4": ["e"], "kv4": ["x"]}
 """
 
 
