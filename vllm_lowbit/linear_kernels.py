@@ -253,11 +253,15 @@ def check_memory(
     """
     if device.type not in DEVICE_TYPES:
         return
-    widen = spec.activations is not None
+    grid = spec.activations
+    widen = grid is not None
     bits = gpu_weights.stored_bits(spec.weights.bits, widen)
     size = gpu_weights.group_size_of(spec.k, groups)
     operator = "linear_w4a4" if widen else "linear_wna16"
-    check_weight(architecture(device), operator, Weight(bits, size, zeros))
+    # Tokens whose only group is all of K have one scale.
+    of_groups = grid is not None and grid.group_size is not None and groups > 1
+    kind = Weight(bits, size, zeros, of_groups)
+    check_weight(architecture(device), operator, kind)
 
 
 KERNELS: dict[str, type[GenericLinear] | type[CpuLinear] | type[TritonLinear]] = {

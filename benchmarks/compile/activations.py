@@ -9,12 +9,17 @@ import triton.language as tl
 from vllm_lowbit.kernels.hadamard.triton import Tile, blocks_of, tile_of
 from vllm_lowbit.kernels.hadamard_quantize.triton import (
     BLOCKS_STAGES,
+    ROW_BLOCK,
     blocks_constants,
     blocks_warps,
     tile_warps,
 )
 from vllm_lowbit.kernels.hadamard_quantize.triton_blocks import blocks_kernel
-from vllm_lowbit.kernels.hadamard_quantize.triton_kernel import row_kernel, tile_kernel
+from vllm_lowbit.kernels.hadamard_quantize.triton_kernel import (
+    groups_kernel,
+    row_kernel,
+    tile_kernel,
+)
 
 from .case import QUICK_TARGETS, TARGETS, Case
 
@@ -42,6 +47,8 @@ BLOCKS = (
     (28672, 28672, 1),
     (36864, 4608, 1),
 )
+GROUPS = (32, 64, 128, 256)
+FORMS = ("", " after RMSNorm", " after SwiGLU")
 QUICK = (4096, 4096, 1)
 QUICK_BLOCKS = (14336, 1792, 1)
 # Bound by memory, not by products: any unit for matrices of floats will do.
@@ -63,6 +70,13 @@ TYPES = {
     "x_stride": "i32",
     **dict.fromkeys(("epsilon", "clip_ratio", "before", "after"), "fp32"),
 }
+ROWS_TYPES = {
+    **POINTERS,
+    "x_stride": "i32",
+    "epsilon": "fp32",
+    "clip_ratio": "fp32",
+    "N": "i32",
+}
 GRID = {"CODE_MIN": -7, "CODE_MAX": 7, "SYMMETRIC": True, "QUANTIZE": True}
 
 
@@ -79,22 +93,53 @@ def cases() -> Iterator[Case]:
             if tile_of(*row, False, torch.device("cpu"), target) is None:
                 yield _blocks_case(target, row)
         yield _blocks_case(target, QUICK_BLOCKS, quantize=False)
+        yield from _group_cases(target)
         yield Case(
             operator="hadamard_quantize",
             name="no transform",
             kernel=row_kernel,
             target=target,
-            types={
-                **POINTERS,
-                "x_stride": "i32",
-                "epsilon": "fp32",
-                "clip_ratio": "fp32",
-                "N": "i32",
-            },
-            constants={"PROLOGUE": 0, "SCALED": False, "BLOCK": 2048, **GRID},
+            types=ROWS_TYPES,
+            constants={"PROLOGUE": 0, "SCALED": False, "BLOCK": ROW_BLOCK, **GRID},
             aligned=("x_stride", "N"),
             options={"num_warps": 8, "enable_fp_fusion": False},
         )
+
+
+def _group_cases(target: str) -> Iterator[Case]:
+    """Groups with ranges of their own, asymmetric: as served, of transformed values.
+
+    Of inputs without a transform too, scaled, and after what is fused with them.
+    """
+    for group in GROUPS:
+        yield _group_case(target, group, "*fp32", 0, False)
+    for dtype in ("*bf16", "*fp16"):
+        for prologue in range(3):
+            yield _group_case(target, 128, dtype, prologue, True)
+
+
+def _group_case(
+    target: str, group: int, dtype: str, prologue: int, scaled: bool
+) -> Case:
+    return Case(
+        operator="hadamard_quantize",
+        name=f"groups of {group} of {dtype[1:]}{FORMS[prologue]}",
+        kernel=groups_kernel,
+        target=target,
+        types={**ROWS_TYPES, "x_ptr": dtype, "weight_ptr": dtype},
+        constants={
+            "PROLOGUE": prologue,
+            "SCALED": scaled,
+            "CODE_MIN": -8,
+            "CODE_MAX": 7,
+            "SYMMETRIC": False,
+            "GROUP": group,
+            "BLOCK": ROW_BLOCK,
+        },
+        aligned=("x_stride", "N"),
+        options={"num_warps": 8, "enable_fp_fusion": False},
+        quick=(group, dtype, target) == (128, "*fp32", "sm_90"),
+    )
 
 
 def _blocks_case(target: str, row: tuple[int, int, int], quantize: bool = True) -> Case:
@@ -135,10 +180,9 @@ def _tile_case(
     target: str, row: tuple[int, int, int], tile: Tile, prologue: int
 ) -> Case:
     n, order, stride = row
-    form = ("", " after RMSNorm", " after SwiGLU")[prologue]
     return Case(
         operator="hadamard_quantize",
-        name=f"n {n} order {order} stride {stride}{form}",
+        name=f"n {n} order {order} stride {stride}{FORMS[prologue]}",
         kernel=tile_kernel,
         target=target,
         types=TYPES,

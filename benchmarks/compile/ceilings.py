@@ -2,9 +2,10 @@
 """Most instructions of the main loop of a linear, from its tile.
 
 A turn of the loop unpacks codes of the weight, loads activations, multiplies, and adds
-groups up. What of each falls to a thread, times what the unit needs for it, is the
-ceiling. Budgets are upper envelopes of what Triton 3.9 made of the tables' rows, and a
-tenth: a change that costs more than that is seen.
+groups up, with scales of tokens where those are of groups too. What of each falls to a
+thread, times what the unit needs for it, is the ceiling. Budgets are upper envelopes of
+what Triton 3.9 made of the tables' rows, and a tenth: a change that costs more than
+that is seen.
 """
 
 from dataclasses import dataclass, fields
@@ -29,6 +30,9 @@ class Budget:
         product: for each instruction of a warp's matrix unit.
         total: for each sum that is added to the groups before, twice with zero points.
         scale: for each output channel and group of the tile.
+        token: for each sum of a group that a scale of its token is multiplied with. One
+            is the product; the rest loads that and the zero point, which a thread has
+            for every sum of Blackwell's units, for two of Hopper's, for more of others.
     """
 
     start: float
@@ -39,18 +43,19 @@ class Budget:
     product: float
     total: float
     scale: float
+    token: float
 
 
 # By operator and by a part of the name of the matrix instruction.
 BUDGETS = {
-    ("linear_w4a4", "MMA"): Budget(0, 0.8, 0, 0, 2.25, 0, 9, 0),
-    ("linear_w4a4", "GMMA"): Budget(50, 1.2, 0, 0, 1.8, 0, 2.8, 105),
-    ("linear_w4a4", "UTC"): Budget(71, 1.35, 0, 0, 1.5, 0, 2.5, 90),
-    ("linear_w4a4", "mfma"): Budget(47, 1.3, 0, 0, 1.7, 0, 12, 375),
-    ("linear_wna16", "MMA"): Budget(60, 3.6, 5.7, 12.5, 0, 4.2, 1.3, 39),
-    ("linear_wna16", "GMMA"): Budget(75, 3.8, 6.2, 6.1, 0.5, 0, 0.6, 61),
-    ("linear_wna16", "UTC"): Budget(66, 5.3, 7.4, 5.2, 0, 0, 0.7, 84),
-    ("linear_wna16", "mfma"): Budget(130, 8, 8.6, 7.9, 3.8, 0, 1.9, 345),
+    ("linear_w4a4", "MMA"): Budget(0, 0.8, 0, 0, 2.25, 0, 9, 0, 2.5),
+    ("linear_w4a4", "GMMA"): Budget(50, 1.2, 0, 0, 1.8, 0, 2.8, 105, 4.5),
+    ("linear_w4a4", "UTC"): Budget(71, 1.35, 0, 0, 1.5, 0, 2.5, 90, 10),
+    ("linear_w4a4", "mfma"): Budget(47, 1.3, 0, 0, 1.7, 0, 12, 375, 1),
+    ("linear_wna16", "MMA"): Budget(60, 3.6, 5.7, 12.5, 0, 4.2, 1.3, 39, 0),
+    ("linear_wna16", "GMMA"): Budget(75, 3.8, 6.2, 6.1, 0.5, 0, 0.6, 61, 0),
+    ("linear_wna16", "UTC"): Budget(66, 5.3, 7.4, 5.2, 0, 0, 0.7, 84, 0),
+    ("linear_wna16", "mfma"): Budget(130, 8, 8.6, 7.9, 3.8, 0, 1.9, 345, 0),
 }
 
 
@@ -90,6 +95,7 @@ def ceiling(
         product=outputs * columns / (128 if integer else 64) if unit == "MMA" else 0,
         total=outputs * groups * (1 + weight.zeros),
         scale=config.block_n * groups / threads,
+        token=outputs * groups * weight.token_groups,
     )
     sums = (getattr(budget, f.name) * getattr(counts, f.name) for f in fields(Budget))
     return int(HEADROOM * sum(sums))

@@ -8,11 +8,13 @@ stored widths per channel, plain and with every option; and with every option fo
 in groups of any size and any width in groups of 128, the last row for any width in
 groups of any size. Chips with e4m3 products are compiled with them and without, with
 every option where the table has them: what it does not take, wider codes or the tuner
-may.
+may. Integer products with weights in groups are compiled with one scale a token, and
+again with one for each group of a token.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import triton.language as tl
@@ -85,6 +87,7 @@ class _Weight:
         bits: stored width.
         group: columns of a group, 0 for one scale a channel.
         full: with every option, see above.
+        tokens: scales of tokens are of its groups too.
         e4m3: products of e4m3 numbers.
     """
 
@@ -92,10 +95,11 @@ class _Weight:
     group: int
     full: bool = False
     e4m3: bool = False
+    tokens: bool = False
 
     @property
     def kind(self) -> configs.Weight:
-        return configs.Weight(self.bits, self.group, self.full)
+        return configs.Weight(self.bits, self.group, self.full, self.tokens)
 
     @property
     def scheme(self) -> str:
@@ -103,6 +107,7 @@ class _Weight:
 
     def __str__(self) -> str:
         scale = f"group {self.group}" if self.group else "channel"
+        scale += " of weights and tokens" if self.tokens else ""
         options = ", every option" if self.full else ""
         return f"{self.bits} bits, {scale}{options}"
 
@@ -129,8 +134,11 @@ def _weights(operator: str) -> Iterator[_Weight]:
     for bits in WIDTHS[operator]:
         yield _Weight(bits, 0)
         yield _Weight(bits, 0, full=True)
-        yield from (_Weight(bits, group, full=True) for group in GROUPS)
-    yield _Weight(4, 128)
+    in_groups = [_Weight(b, g, full=True) for b in WIDTHS[operator] for g in GROUPS]
+    in_groups.append(_Weight(4, 128))
+    yield from in_groups
+    if operator == "linear_w4a4":
+        yield from (replace(weight, tokens=True) for weight in in_groups)
 
 
 def _compiled(weight: _Weight, row: configs.Row) -> bool:
@@ -180,16 +188,19 @@ def _expert_cases(operator: str, target: str, weight: _Weight) -> Iterator[Case]
                         "PARTS": 1,
                         "BIAS": False,
                     },
-                    quick=case.quick and target == "sm_90",
+                    quick=case.quick and target == "sm_90" and not weight.tokens,
                 )
 
 
 def _fallback_cases(operator: str, target: str, scheme: str) -> Iterator[Case]:
     table = configs.table(configs.FALLBACK)[operator][scheme]
     group = 128 if scheme == "group" else 0
-    for bits in WIDTHS[operator]:
-        weight = _Weight(bits, group, full=bits != 4)
-        make = _float_case if operator == "linear_wna16" else _integer_case
+    integer = operator == "linear_w4a4"
+    make = _integer_case if integer else _float_case
+    for bits, tokens in product(
+        WIDTHS[operator], sorted({False, integer and group > 0})
+    ):
+        weight = _Weight(bits, group, full=bits != 4, tokens=tokens)
         for row in configs.rows_of(table, weight.kind):
             case = make(target, weight, row)
             yield replace(case, name=f"fallback, {case.name}", quick=False)
@@ -210,7 +221,7 @@ def _integer_case(target: str, weight: _Weight, row: configs.Row) -> Case:
             "PTX": target.startswith("sm_"),
             "E4M3": e4m3,
             "IMPRECISE": E4M3_SUMS[target] if e4m3 else None,
-            "TOKEN_GROUPS": False,
+            "TOKEN_GROUPS": weight.tokens,
         },
         {"enable_fp_fusion": False},
     )
@@ -308,7 +319,7 @@ def _case(
         and weight.group in (0, 128)
         and not full
         and first_or_last
-        and target in QUICK_TARGETS,
+        and target in (("sm_90",) if weight.tokens else QUICK_TARGETS),
     )
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 
 from vllm_lowbit.kernels.gpu.configs import LinearConfig, Weight, choose
 from vllm_lowbit.kernels.gpu.target import E4M3_SUMS, INTERPRETED, architecture
-from vllm_lowbit.kernels.gpu.weights import GpuWeight, pack
+from vllm_lowbit.kernels.gpu.weights import GpuWeight, pack, unpack
 from vllm_lowbit.kernels.hadamard_quantize.triton import hadamard_quantize
 from vllm_lowbit.kernels.linear_w4a4 import reference as integer_reference
 from vllm_lowbit.kernels.linear_w4a4.triton import linear_w4a4
@@ -151,6 +152,40 @@ def rows(device: torch.device) -> Iterator[Row]:
             )
 
 
+def integer_expected(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
+    """The reference's output for the arguments of a call of ``Arms.integer``."""
+    plain = _codes_of(weight, codes.shape[1], len(weight_scale))
+    dtype = rest[4]
+    # It has the sums of all groups, of 8 bytes each.
+    few = zip(*(t.split(64) for t in (codes, scale, zero)), strict=True)
+    outputs = [
+        integer_reference.linear_w4a4(*rows, plain, weight_scale.t(), None, None, dtype)
+        for rows in few
+    ]
+    return torch.cat(outputs)
+
+
+def float_expected(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    """As :func:`integer_expected`, of ``Arms.weight_only``."""
+    plain = _codes_of(weight, x.shape[1], len(weight_scale))
+    scale, dtype = weight_scale.t(), rest[3]
+    return float_reference.linear_wna16(x, plain, scale, None, None, dtype)
+
+
+def _codes_of(weight: torch.Tensor, k: int, groups: int) -> torch.Tensor:
+    """int8 codes of a symmetric weight of 4 bits."""
+    return unpack(weight, k, 4, k // groups if groups > 1 else 0)
+
+
 # The arm that aims are on.
 WHOLE = "triton with hadamard_quantize"
 
@@ -204,7 +239,7 @@ class Arms:
         self, count: Count, widen: bool, group: int = 0, bits: int = 4
     ) -> tuple[GpuWeight, list[torch.Tensor]]:
         groups = self.k // group if group else 1
-        scale = torch.ones(self.n, groups, device=self.device)
+        scale = torch.rand(self.n, groups, device=self.device) + 0.01
         first = pack(self._codes(self.n), scale, None, bits, widen=widen)
         number = count(first.weight.numel())
         weights = [first.weight] + [first.weight.clone() for _ in range(number - 1)]
@@ -219,8 +254,9 @@ class Arms:
     ) -> Calls:
         """Asymmetric activations, as they are served."""
         first, weights = self._packed(count, True, group, bits)
-        codes, scale = self._codes(self.m), torch.ones(self.m, 1, device=self.device)
-        zero = torch.zeros_like(scale, dtype=torch.int32)
+        codes = self._codes(self.m)
+        scale = torch.rand(self.m, 1, device=self.device) + 0.01
+        zero = torch.randint_like(scale, -8, 8).int()
         rest = (first.scale, None, first.sum, None, bits, torch.bfloat16, config)
         return [partial(linear_w4a4, codes, scale, zero, w, *rest) for w in weights]
 

@@ -54,17 +54,20 @@ class LinearConfig:
 
 
 class Weight(NamedTuple):
-    """What a configuration depends on of a weight.
+    """What a configuration depends on of a weight, and of tokens that it multiplies.
 
     Attributes:
         bits: stored width.
         group_size: columns of a group, 0 for one scale a channel.
         zeros: whether it has zero points.
+        token_groups: whether tokens have a scale and a zero point for each of its
+            groups, else one (linear_w4a4).
     """
 
     bits: int
     group_size: int
     zeros: bool
+    token_groups: bool = False
 
     @property
     def scheme(self) -> str:
@@ -81,6 +84,7 @@ class Row:
         bits: stored widths of the weight, None for all.
         groups: sizes of the weight's groups, None for any.
         zeros: whether the weight has zero points, None for either.
+        token_groups: whether tokens have scales for each group, None for either.
     """
 
     max_m: int | None
@@ -88,6 +92,7 @@ class Row:
     bits: tuple[int, ...] | None = None
     groups: tuple[int, ...] | None = None
     zeros: bool | None = None
+    token_groups: bool | None = None
 
     def takes(self, weight: Weight) -> bool:
         """Whether it is for a weight, with some number of tokens."""
@@ -95,6 +100,7 @@ class Row:
             (self.bits is None or weight.bits in self.bits)
             and (self.groups is None or weight.group_size in self.groups)
             and self.zeros in (None, weight.zeros)
+            and self.token_groups in (None, weight.token_groups)
         )
 
 
@@ -197,7 +203,12 @@ def _row(entry: dict[str, Any]) -> Row:
 
 def entry(row: Row) -> dict[str, Any]:
     """A row as it is in a table's file."""
-    conditions = {"bits": row.bits, "groups": row.groups, "zeros": row.zeros}
+    conditions = {
+        "bits": row.bits,
+        "groups": row.groups,
+        "zeros": row.zeros,
+        "token_groups": row.token_groups,
+    }
     return {
         "max_m": row.max_m,
         **{k: v for k, v in conditions.items() if v is not None},

@@ -54,10 +54,10 @@ def need(
     Args:
         arch: a chip of SHARED_LIMITS.
         operator: ``linear_w4a4`` or ``linear_wna16``.
-        weight: that is multiplied with.
+        weight: that is multiplied with, and what scales tokens have.
         config: of the launch.
     """
-    integer, (bits, group_size, zeros) = operator == "linear_w4a4", weight
+    integer, (bits, group_size, zeros, own) = operator == "linear_w4a4", weight
     plane, columns = turn_of(operator, weight)
     size = 1 if integer else 2
     groups = columns // group_size if group_size else 0
@@ -66,6 +66,8 @@ def need(
     unpacked = config.block_n * plane * size
     # Scales, zero points and, of integers, sums: four bytes each.
     numbers = 4 * config.block_n * groups * (1 + zeros + integer)
+    # Scales and zero points of tokens.
+    numbers += 4 * config.block_m * groups * 2 * own
     ahead = max(1, config.stages - 1)
     if arch == "gfx942":
         shared = ahead * (activations + max(packed, unpacked))
@@ -95,7 +97,7 @@ def need(
 
 def turn_of(operator: str, weight: Weight) -> tuple[int, int]:
     """Columns that are unpacked at a time, and of a turn of the loop over K."""
-    bits, group_size, _ = weight
+    bits, group_size = weight.bits, weight.group_size
     if operator == "linear_w4a4":
         narrow = group_size in (32, 64)
         plane = group_size if narrow else BLOCK
@@ -128,6 +130,7 @@ def check_fits(
         if found > limit:
             size = weight.group_size
             scale = f"groups of {size}" if size else "one scale a channel"
+            scale += " of weights and tokens" if weight.token_groups else ""
             raise ValueError(
                 f"{operator} with weights of {weight.bits} bits, {scale} and {config} "
                 f"takes up to {found} {what}, {arch} has {limit}: take a smaller "
@@ -141,7 +144,7 @@ def check_weight(arch: str, operator: str, weight: Weight) -> None:
     Args:
         arch: of the chip, whose table is taken.
         operator: ``linear_w4a4`` or ``linear_wna16``, for one weight or for experts.
-        weight: to be kept.
+        weight: to be kept, and what scales tokens will have.
     """
     scheme = weight.scheme
     for rows in (

@@ -36,7 +36,7 @@ from .triton_kernel import groups_kernel, row_kernel, tile_kernel
 TRANSFORM_ERROR = 2.0**-13
 PLAIN, RMS_NORM, SWIGLU = 0, 1, 2
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-_ROW_BLOCK = 2048
+ROW_BLOCK = 2048
 BLOCKS_STAGES = 1
 
 _Operands = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -213,11 +213,11 @@ class _Call:
         m, n = out.shape
         assert self.grid is not None and self.grid.group_size is not None
         size = self.grid.group_size
-        if _ROW_BLOCK % size:
-            raise ValueError(f"group_size must divide {_ROW_BLOCK}, got {size}")
+        if ROW_BLOCK % size:
+            raise ValueError(f"group_size must divide {ROW_BLOCK}, got {size}")
         constants = self._constants(input_scale)
         del constants["QUANTIZE"]
-        groups_kernel[(m, triton.cdiv(n, _ROW_BLOCK))](
+        groups_kernel[(m, triton.cdiv(n, ROW_BLOCK))](
             x,
             x if weight is None else weight,
             x if input_scale is None else input_scale,
@@ -229,7 +229,7 @@ class _Call:
             self.grid.clip_ratio,
             n,
             GROUP=size,
-            BLOCK=_ROW_BLOCK,
+            BLOCK=ROW_BLOCK,
             num_warps=8,
             **constants,
         )
@@ -249,7 +249,7 @@ class _Call:
             epsilon,
             1.0 if self.grid is None else self.grid.clip_ratio,
             n,
-            BLOCK=_ROW_BLOCK,
+            BLOCK=ROW_BLOCK,
             num_warps=8,
             **self._constants(input_scale),
         )

@@ -185,7 +185,8 @@ def launch(
     group_size = group_size_of(k, groups)
     nibbles = weight.weight.dtype == torch.uint8
     bits = 4 if nibbles else 8
-    kind = Weight(bits, group_size, weight.zero is not None)
+    of_groups = scale.shape[1] > 1
+    kind = Weight(bits, group_size, weight.zero is not None, of_groups)
     experts = 0 if sent is None else sent.experts
     if config is None:
         config = choose(arch, "linear_w4a4", kind, m, experts)
@@ -214,7 +215,6 @@ def launch(
         scale if bias is None else bias,
     ]
     flags = {"ZERO": zero_point is not None, "BIAS": bias is not None}
-    of_groups = scale.shape[1] > 1
     tiles = row_tiles(m, config.block_m, sent)
     linear_kernel[(tiles.number * triton.cdiv(n, config.block_n), split)](
         codes,

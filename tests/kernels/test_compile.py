@@ -71,6 +71,54 @@ assert [body.count(" FADD ") for body in bodies] == [accumulators, 0]
 """
 
 
+# What the results lack is added to them: rows of cases that fail are made anew.
+ADDED = """
+import json, pathlib, sys
+from benchmarks.compile import __main__ as report
+from benchmarks.compile.assembly import Report
+from benchmarks.compile.case import Case
+report.RESULTS = folder = pathlib.Path(sys.argv[1])
+code = vars(Report(64, 0, 1024, 0, {}, 100, True))
+
+def case(name, **more):
+    return Case(**{
+        "operator": "linear_w4a4", "target": "sm_80", "name": name, "kernel": None,
+        "types": {}, "constants": {}, "options": {"num_warps": 4}, "ceiling": 100,
+        **more
+    })
+
+def row(name, **more):
+    own = {k: getattr(case(name), k) for k in ("operator", "target", "options")}
+    return {**own, "name": name, "ceiling": 100, "faults": [], **code, **more}
+
+def names(sections):
+    return {key: [r["name"] for r in s["cases"]] for key, s in sections.items()}
+
+report._replace([row("a"), row("b", spills=1), row("x", operator="kv4"), row("old")])
+every = [case("a", ceiling=99), case("b"), case("x", operator="kv4"), case("c")]
+judged = report._judged(every)
+assert names(judged) == {"linear_w4a4": ["a", "b"], "kv4": ["x"]}
+assert [(r["name"], r["ceiling"], r["faults"]) for r in report._rows_of(judged)] == [
+    ("a", 99, ["100 instructions > 99"]), ("b", 100, ["1 spills"]), ("x", 100, [])
+]
+other = report._judged([case("a", options={"num_warps": 8}), case("b")])
+assert names(other) == {"linear_w4a4": ["b"], "kv4": []}
+
+report._add(judged, [row("b")])
+kept = {"linear_w4a4": ["a"], "kv4": ["x"]}
+assert names(report._sections()) == {**kept, "linear_w4a4, part 2": ["b"]}
+report._add(report._judged(every), [row("c")])
+assert names(report._sections()) == {**kept, "linear_w4a4, part 2": ["b", "c"]}
+report.describe = lambda: {"date": "another"}
+report._add(report._judged(every), [row("c")])
+parts = {"linear_w4a4, part 2": ["b"], "linear_w4a4, part 3": ["c"]}
+assert names(report._sections()) == {**kept, **parts}
+assert "--missing`: date another" in (folder / "compile.md").read_text()
+report._replace([row("e")])
+assert names(report._sections()) == {"linear_w4a4": ["e"], "kv4": ["x"]}
+"""
+
+
 # The loop of kv4_attention on gfx942 is jumped into, and its blocks do not lie in
 # order: the shortest way back over a product is a part of it. Beside it a loop without
 # products, around it another.
@@ -161,6 +209,11 @@ def test_too_much_tensor_memory() -> None:
 
 def test_partial_sums_are_promoted() -> None:
     result = python("-c", PROMOTED)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_what_the_results_lack_is_added(tmp_path: Path) -> None:
+    result = python("-c", ADDED, str(tmp_path))
     assert result.returncode == 0, result.stderr[-4000:]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of launch configurations, and what a launch takes of a chip's memories."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -21,8 +22,10 @@ GROUPS = (0, 32, 64, 128, 256)
 
 
 def weights(operator: str) -> list[Weight]:
-    forms = product(OPERATORS[operator], GROUPS, (False, True))
-    return [Weight(*form) for form in forms]
+    forms = product(OPERATORS[operator], GROUPS, (False, True), (False, True))
+    found = [Weight(*form) for form in forms]
+    grouped = operator == "linear_w4a4"
+    return [w for w in found if not w.token_groups or (grouped and w.group_size)]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -52,7 +55,7 @@ def test_the_first_row_for_a_weight_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     rows = (
         Row(16, first),
         Row(64, second, bits=(2, 3), groups=(32,)),
-        Row(None, third, zeros=True),
+        Row(None, third, zeros=True, token_groups=False),
         Row(None, last),
     )
     found = {"linear_wna16": {"group": rows, "channel": rows}}
@@ -68,6 +71,7 @@ def test_the_first_row_for_a_weight_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert chosen(17, Weight(4, 32, False)) == last
     assert chosen(17, Weight(3, 64, False)) == last
     assert chosen(17, Weight(3, 0, True)) == third
+    assert chosen(17, Weight(3, 64, True, token_groups=True)) == last
     assert chosen(65, Weight(3, 32, True), experts=5) == first
     assert rows_of(rows, Weight(3, 32, True)) == rows[:3]
     assert rows_of(rows, Weight(4, 64, False)) == (rows[0], rows[3])
@@ -107,6 +111,20 @@ def test_bytes_of_shared_memory(
     launch = LinearConfig(*config, swap=arch != "gfx942")
     found = need(arch, operator, weight, launch).shared
     assert found == max(taken, 2 * launch.block_m * launch.block_n)
+
+
+def test_scales_of_tokens_take_shared_memory() -> None:
+    """A scale and a zero point of four bytes for each token and group of a turn."""
+    launch = LinearConfig(64, 64, 4, 3, False)
+    for group, groups in ((32, 2), (128, 1)):
+        one, own = (
+            need("sm_80", "linear_w4a4", Weight(4, group, True, tokens), launch).shared
+            for tokens in (False, True)
+        )
+        assert own - one == 2 * 64 * groups * 8
+    huge = replace(launch, block_m=1024)
+    with pytest.raises(ValueError, match="groups of 128 of weights and tokens and"):
+        check_fits("sm_80", "linear_w4a4", Weight(4, 128, False, True), huge)
 
 
 def test_columns_of_tensor_memory() -> None:

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_lowbit.kernels.gpu.configs import LinearConfig
+from vllm_lowbit.kernels.gpu import configs
+from vllm_lowbit.kernels.gpu.configs import LinearConfig, Weight
 from vllm_lowbit.kernels.gpu.weights import pack
 from vllm_lowbit.kernels.linear_w4a4 import reference, triton
 from vllm_lowbit.kernels.linear_w4a4.triton import linear_w4a4
@@ -122,6 +124,37 @@ def test_groups_of_tokens(
     tile: str, bits: int, activation_bits: int, group_size: int
 ) -> None:
     check_equality(tile, bits, group_size, activation_bits, of_groups=True)
+
+
+def tiles_with_groups_of_tokens() -> list[tuple[int, int, bool, bool]]:
+    """Rows and columns, swapped or not, e4m3 or not, of the tables of all chips."""
+    found = set()
+    weights = [
+        Weight(*form, token_groups=True)
+        for form in product((4, 8), (32, 64, 128, 256), (False, True))
+    ]
+    for chip in (*configs.architectures(), configs.FALLBACK):
+        for table in (
+            configs.table(chip)["linear_w4a4"]["group"],
+            configs.rows_for_experts(chip, "linear_w4a4", "group"),
+        ):
+            for row in (row for w in weights for row in configs.rows_of(table, w)):
+                c = row.config
+                found.add((c.block_m, c.block_n, c.swap, c.e4m3))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("tile", tiles_with_groups_of_tokens(), ids=str)
+def test_tiles_of_the_tables_with_groups_of_tokens(
+    tile: tuple[int, int, bool, bool],
+) -> None:
+    """Not filled: by 70 tokens, 150 channels and three groups of 64."""
+    block_m, block_n, swap, e4m3 = tile
+    config = LinearConfig(block_m, block_n, 4, 2, swap, e4m3=e4m3)
+    for group_size in (64, 128):
+        options = {"asymmetric": True, "weight_zeros": True, "of_groups": True}
+        p = problem(70, 150, 3 * group_size, group_size, **options)
+        assert torch.equal(p.run(config, torch.float32), p.expected(torch.float32))
 
 
 def check_equality(
