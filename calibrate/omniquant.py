@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
 from ..kernels.grid import TINY, IntGrid
 from ..kernels.quantize_weight.reference import best_clip
 from ..schema import Scheme
@@ -55,6 +56,7 @@ class OmniQuantOptions:
         seed: of the order of windows.
         clip_ratio: that the clip ratios of inputs start from, None where they are not
             learned.
+        extra_bits: of weights while learning. Ranges are not kept then.
     """
 
     let: bool
@@ -67,6 +69,7 @@ class OmniQuantOptions:
     input_clip_rate: float
     seed: int
     clip_ratio: float | None = None
+    extra_bits: int = 0
 
     @classmethod
     def of(
@@ -76,11 +79,24 @@ class OmniQuantOptions:
         seed: int,
         clip_ratio: float | None = None,
     ) -> "OmniQuantOptions":
-        """A recipe's, and for what it leaves open the published ones of a scheme."""
+        """A recipe's, and for what it leaves open the published ones of a scheme.
+
+        Raises:
+            ConfigError: when nothing that is learned would be kept.
+        """
         two_bits = scheme.weights.bits == 2
         let, aug, epochs = recipe.let, recipe.aug, recipe.epochs
+        if let is None:
+            let = scheme.activations.bits != 16
+        if recipe.extra_weight_bits and not let and clip_ratio is None:
+            bits = scheme.activations.bits
+            raise ConfigError(
+                f"omniquant.extra_weight_bits is {recipe.extra_weight_bits}: with let "
+                f"{recipe.let} and inputs of {bits} bits only ranges are learned, "
+                "which would not be kept; use let true, or no extra bits"
+            )
         return cls(
-            let=scheme.activations.bits != 16 if let is None else let,
+            let=let,
             alpha=recipe.alpha,
             aug=two_bits if aug is None else aug,
             epochs=epochs or (40 if two_bits else 20),
@@ -90,6 +106,7 @@ class OmniQuantOptions:
             input_clip_rate=recipe.input_clip_rate,
             seed=seed,
             clip_ratio=clip_ratio,
+            extra_bits=recipe.extra_weight_bits,
         )
 
 
@@ -160,6 +177,7 @@ class LearnedBlock:
         let: whether they are trained.
         clip_ratio: that those of its inputs start from; None where they are not
             trained.
+        extra_bits: of weights, beyond the scheme's, 8 in all at most.
     """
 
     def __init__(
@@ -171,11 +189,12 @@ class LearnedBlock:
         transforms: LayerTransforms,
         let: bool,
         clip_ratio: float | None = None,
+        extra_bits: int = 0,
     ) -> None:
         self.shape, self.tensors = models.served.shape, tensors
         self.residual, self.start = residual, transforms
         weights = scheme.weights
-        grid = IntGrid(weights.bits, weights.symmetric)
+        grid = IntGrid(min(8, weights.bits + extra_bits), weights.symmetric)
         self.log_scales: Tensors = {}
         self.shifts: Tensors = {}
         if let:
@@ -287,7 +306,7 @@ class OmniQuant:
         transforms: LayerTransforms,
         streams: Streams,
         progress: Callable[[str], None],
-    ) -> tuple[dict[str, Ranges], LayerTransforms]:
+    ) -> tuple[dict[str, Ranges] | None, LayerTransforms]:
         """Train one layer.
 
         Args:
@@ -299,8 +318,9 @@ class OmniQuant:
             progress: called with what is being done.
 
         Returns:
-            What its linears are rounded to, and the transforms to fold into it. Clip
-            ratios that were learned are put among those of the served model.
+            What its linears are rounded to, None after training on a finer grid, and
+            the transforms to fold into it. Clip ratios that were learned are put among
+            those of the served model.
 
         Raises:
             CalibrationError: naming layer and step when a loss is not finite.
@@ -315,6 +335,7 @@ class OmniQuant:
             transforms,
             options.let,
             options.clip_ratio,
+            options.extra_bits,
         )
         with torch.no_grad():
             folded = learned.folded()
@@ -352,4 +373,5 @@ class OmniQuant:
             ratios = learned.clip_ratios().items()
             found = models.served.online.clip_ratios[layer]
             found.update({stage: stored_ratio(ratio) for stage, ratio in ratios})
-            return learned.ranges(), learned.transforms()
+            ranges = None if options.extra_bits else learned.ranges()
+            return ranges, learned.transforms()

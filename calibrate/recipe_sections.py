@@ -181,6 +181,10 @@ class OmniQuant(StrictModel):
     """None: 40 for 2-bit weights, else 20."""
     rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
     """To the learned ranges, at the end; rtn as published."""
+    extra_weight_bits: Annotated[int, Field(ge=0, le=4)] = 0
+    """Beyond the scheme's while learning, 8 in all at most: scales are then for what
+    GPTQ leaves. The learned ranges are those of the finer grid; weights are rounded to
+    ranges that are searched for, as with the other methods."""
     batch: Batch = 4
     """Windows of a step."""
     clip_rate: Rate = 1e-2
@@ -190,6 +194,13 @@ class OmniQuant(StrictModel):
     input_clip_rate: Rate = 1e-3
     """Learning rate of the inputs' clip ratios, where ``activations.clip`` is learned.
     """
+
+    @field_validator("extra_weight_bits")
+    @classmethod
+    def _is_for_gptq(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("rounding") not in GPTQ_METHODS:
+            raise ValueError("is for rounding gptq or gptaq, remove it or choose one")
+        return value
 
 
 class Refine(StrictModel):

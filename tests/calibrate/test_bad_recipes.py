@@ -138,6 +138,11 @@ BAD = [
     ("refine: {scope: model, code_rate: 0}", 1, "greater than 0, got 0"),
     ("weights: {method: omniquant}\nomniquant: {let: 1}", 2, "valid boolean, got 1"),
     (
+        "weights: {method: omniquant}\nomniquant: {extra_weight_bits: 1}",
+        2,
+        "omniquant.extra_weight_bits: is for rounding gptq or gptaq",
+    ),
+    (
         "weights: {method: omniquant}\nomniquant: {rounding: awq}",
         2,
         "omniquant.rounding: Input should be 'rtn', 'gptq' or 'gptaq', got 'awq'",

@@ -28,7 +28,7 @@ from vllm_lowbit.calibrate.record import CalibrationRecord
 from vllm_lowbit.calibrate.rotations import Dense
 from vllm_lowbit.calibrate.stages import linears_of
 from vllm_lowbit.calibrate.transforms import LayerTransforms, fold_layer
-from vllm_lowbit.errors import CalibrationError
+from vllm_lowbit.errors import CalibrationError, ConfigError
 from vllm_lowbit.kernels.grid import IntGrid
 from vllm_lowbit.kernels.quantize_weight.reference import quantize_weight
 from vllm_lowbit.schema import Weights, scheme_from_name
@@ -227,6 +227,39 @@ def test_rounding_to_the_learned_ranges(
         return float((out - wanted).square().mean())
 
     assert error(layer) < 0.9 * error(nearest)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "gptaq"])
+def test_scales_that_are_learned_on_a_finer_grid(
+    rounding: str, models: Make, layer_tensors: Make
+) -> None:
+    """Are folded, and then weights are rounded as without omniquant."""
+    both, tensors, streams = models(), layer_tensors(), _streams()
+    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        tensors[norm][::8] *= 8
+    settings = {"let": True, "rounding": rounding, "extra_weight_bits": 1}
+    found, start = (
+        _run(both, tensors, "w2a16-g32", scale_rate=rate, **settings)[0]
+        for rate in (0.05, 1e-9)
+    )
+    wanted = through(both.plain, tensors, streams.plain[TRAINED:])
+
+    def error(candidate: QuantizedLayer) -> float:
+        out = through(both.served, candidate.weights(), streams.served[TRAINED:])
+        return float((out - wanted).square().mean())
+
+    assert error(found) < 0.9 * error(start)
+    for linear in found.linears.values():
+        assert -2 <= int(linear.codes.min()) <= int(linear.codes.max()) <= 1
+
+
+def test_what_would_not_be_kept_is_not_learned() -> None:
+    finer = Settings(rounding="gptq", extra_weight_bits=1)
+    message = "extra_weight_bits is 1: with let None and inputs of 16 bits only ranges"
+    with pytest.raises(ConfigError, match=message):
+        OmniQuantOptions.of(finer, scheme_from_name("w3a16"), 0)
+    assert OmniQuantOptions.of(finer, scheme_from_name("w4a4"), 0).extra_bits == 1
+    assert OmniQuantOptions.of(finer, scheme_from_name("w3a16"), 0, 0.9).extra_bits == 1
 
 
 def test_second_loss_follows_the_float_block_on_quantized_inputs(

@@ -187,7 +187,12 @@ TRAINED: dict[str, dict[str, Any]] = {
     },
     "omniquant, qwen3": {
         "weights": {"method": "omniquant"},
-        "omniquant": {"epochs": 1, "let": True},
+        "omniquant": {
+            "epochs": 1,
+            "let": True,
+            "rounding": "gptaq",
+            "extra_weight_bits": 1,
+        },
     },
     "omniquant, clips": {
         "weights": {"method": "omniquant"},
