@@ -61,6 +61,13 @@ def checks(device: torch.device) -> Iterator[Check]:
                 f"{name} {form} {bits} bits symmetric {symmetric}",
                 partial(_compare, device, shape, form, bits, symmetric, dtype),
             )
+        for group in (32, 64, 128):
+            if shape.k % group == 0:
+                yield Check(
+                    "hadamard_quantize",
+                    f"{name} in groups of {group}",
+                    partial(_compare_groups, device, shape, group),
+                )
         yield Check("hadamard", name, partial(_compare_values, device, shape))
 
 
@@ -100,6 +107,19 @@ def _compare(
         return None if same else "not equal bit for bit without a transform"
     values = reference.transform(values, *rest[:3])
     return _beyond_bounds(actual, expected, values, IntGrid(bits, symmetric))
+
+
+def _compare_groups(device: torch.device, shape: Layer, group: int) -> str | None:
+    """Bit for bit, of values that the transform alone gives."""
+    x, input_scale = _row(device, shape)
+    transform = (x, input_scale, shape.order, shape.stride)
+    actual = same_twice(
+        partial(triton.hadamard_quantize, *transform, 4, False, group_size=group)
+    )
+    grid = IntGrid(4, symmetric=False, group_size=group)
+    expected = grid.quantize(triton.transform(*transform))
+    same = all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    return None if same else "not equal bit for bit to the grid of the same values"
 
 
 def _beyond_bounds(

@@ -31,11 +31,13 @@ def checks(device: torch.device) -> Iterator[Check]:
     if architecture(device) in E4M3_SUMS:
         products.append((4, True))
     for m, group, (bits, e4m3) in product(tokens, (0, 32, 64, 128), products):
-        yield Check(
-            "linear_w4a4",
-            f"M {m} group {group} {bits} bits" + " e4m3" * e4m3,
-            partial(_compare_integer, device, (m, n, k), group, bits, e4m3),
-        )
+        for own in (False, True)[: 2 if group else 1]:
+            name = f"M {m} group {group} {bits} bits" + " e4m3" * e4m3
+            yield Check(
+                "linear_w4a4",
+                name + " of tokens too" * own,
+                partial(_compare_integer, device, (m, n, k), group, bits, e4m3, own),
+            )
     for m, group, bits in product(tokens, (0, 32, 128), (2, 3, 4, 8)):
         for dtype in (torch.bfloat16, torch.float16):
             yield Check(
@@ -45,9 +47,11 @@ def checks(device: torch.device) -> Iterator[Check]:
             )
 
 
-def _with_product(device: torch.device, m: int, group: int, e4m3: bool) -> LinearConfig:
+def _with_product(
+    device: torch.device, m: int, group: int, e4m3: bool, own: bool = False
+) -> LinearConfig:
     """The table's configuration, but for how codes are multiplied."""
-    weight = Weight(4, group, zeros=False)
+    weight = Weight(4, group, zeros=False, token_groups=own)
     tabled = choose(architecture(device), "linear_w4a4", weight, m)
     return replace(tabled, e4m3=e4m3)
 
@@ -58,8 +62,12 @@ def _compare_integer(
     group: int,
     bits: int,
     e4m3: bool,
+    own: bool,
 ) -> str | None:
-    """Bit for bit; groups of split-K may be added in another order."""
+    """Bit for bit; groups of split-K may be added in another order.
+
+    Tokens have scales of their own in each group where ``own``, else one.
+    """
     m, n, k = sizes
     torch.manual_seed(m)
     half, groups = 1 << bits - 1, k // group if group else 1
@@ -70,11 +78,12 @@ def _compare_integer(
     for lowest in (weight[-1], codes[-1]):
         lowest.fill_(-half)
         lowest[::128] = 1
-    token = torch.rand(m, 1, device=device) + 0.01
+    of_tokens = m, groups if own else 1
+    token = torch.rand(of_tokens, device=device) + 0.01
     bias = torch.randn(n, device=device)
     for zeros in (False, True):
         limits = (-half, half)
-        zero = torch.randint(*limits, (m, 1), dtype=torch.int32, device=device)
+        zero = torch.randint(*limits, of_tokens, dtype=torch.int32, device=device)
         weight_zero = torch.randint(*limits, (n, groups), device=device)
         if not zeros:
             zero, weight_zero = torch.zeros_like(zero), None
@@ -83,7 +92,7 @@ def _compare_integer(
         )
         packed = pack(weight, scale, weight_zero, bits, widen=True)
         arguments = (codes, token, zero if zeros else None, *packed, bias, bits)
-        config = _with_product(device, m, group, e4m3)
+        config = _with_product(device, m, group, e4m3, own)
         actual = same_twice(partial(linear_w4a4, *arguments, torch.float32, config))
         if group == 0 and not torch.equal(actual, expected):
             return f"{int((actual != expected).sum())} outputs differ, zeros {zeros}"

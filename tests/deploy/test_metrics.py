@@ -95,6 +95,8 @@ class TestWorkerFiles:
     def directory(self, monkeypatch: Any, tmp_path: Path) -> Iterator[Path]:
         monkeypatch.setenv(worker_metrics.DIRECTORY, str(tmp_path))
         monkeypatch.setattr(worker_metrics, "_worker", None)
+        # Kept: engines that ran in this process may have made it.
+        monkeypatch.setattr(worker_metrics, "_made", None)
         yield tmp_path
 
     @staticmethod

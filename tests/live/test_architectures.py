@@ -167,6 +167,15 @@ def test_a_cache_of_16_bits(check: Any, served_reference: Any, plain: Path) -> N
     check(reference, plain, hf_overrides=choice, block_size=32)
 
 
+@pytest.mark.parametrize("plain", ["mixtral", "qwen2"], indirect=True)
+def test_activations_per_group(check: Any, served_reference: Any, plain: Path) -> None:
+    """Also of experts, whose inputs are quantized once and sent to several."""
+    scheme = "w4a4kv4-g64-ag64"
+    choice = json.dumps({"scheme": scheme})
+    reference = served_reference(scheme, directory=str(plain))
+    check(reference, plain, hf_overrides={"quantization_config_dict_json": choice})
+
+
 @pytest.mark.parametrize("plain", ["gpt2"], indirect=True)
 def test_an_8_bit_vocabulary(check: Any, served_reference: Any, plain: Path) -> None:
     """The head reads the codes of the embedding, whatever both are called."""
