@@ -11,7 +11,7 @@
 #   make clean                     remove .venv and build outputs
 #
 # Settings: PYTHON=python3.12, BUILD=cpu|cuda, PIP_ARGS="..." (for every pip install),
-# JOBS=4 (processes of make test; each has its share of the cores, and takes 4 GiB).
+# JOBS=4 (processes of make test, each with its share of the cores).
 
 MODEL ?= models/ref-7m
 PORT ?= 8000
