@@ -204,6 +204,7 @@ def _by_operator(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _write(sections: dict[str, Any]) -> None:
+    sections = {name: found for name, found in sections.items() if found["cases"]}
     text = json.dumps(sections, indent=1) + "\n"
     (RESULTS / "compile.json").write_text(text)
     (RESULTS / "compile.md").write_text("\n".join(_report(sections)) + "\n")

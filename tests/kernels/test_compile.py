@@ -116,6 +116,8 @@ assert names(report._sections()) == {**kept, **parts}
 assert "--missing`: date another" in (folder / "compile.md").read_text()
 report._replace([row("e")])
 assert names(report._sections()) == {"linear_w4a4": ["e"], "kv4": ["x"]}
+report._add(report._judged([case("e")]), [])
+assert names(report._sections()) == {"linear_w4a4": ["e"]}
 """
 
 
