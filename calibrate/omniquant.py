@@ -7,6 +7,7 @@ block's output. Scales and zero points in training are those that are stored; no
 weights are rounded as they are stored.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,10 +90,10 @@ class OmniQuantOptions:
         if let is None:
             let = scheme.activations.bits != 16
         if recipe.extra_weight_bits and not let and clip_ratio is None:
-            bits = scheme.activations.bits
+            bits, given = scheme.activations.bits, json.dumps(recipe.let)
             raise ConfigError(
                 f"omniquant.extra_weight_bits is {recipe.extra_weight_bits}: with let "
-                f"{recipe.let} and inputs of {bits} bits only ranges are learned, "
+                f"{given} and inputs of {bits} bits only ranges are learned, "
                 "which would not be kept; use let true, or no extra bits"
             )
         return cls(

@@ -255,7 +255,7 @@ def test_scales_that_are_learned_on_a_finer_grid(
 
 def test_what_would_not_be_kept_is_not_learned() -> None:
     finer = Settings(rounding="gptq", extra_weight_bits=1)
-    message = "extra_weight_bits is 1: with let None and inputs of 16 bits only ranges"
+    message = "extra_weight_bits is 1: with let null and inputs of 16 bits only ranges"
     with pytest.raises(ConfigError, match=message):
         OmniQuantOptions.of(finer, scheme_from_name("w3a16"), 0)
     assert OmniQuantOptions.of(finer, scheme_from_name("w4a4"), 0).extra_bits == 1
