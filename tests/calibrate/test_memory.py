@@ -175,12 +175,9 @@ def test_available_memory_heeds_the_control_group(
     assert estimate.available_memory() > 2 * MIB
 
 
-def _capped(
-    model: Path, output: Path, recipe: str, scratch: Path | None, cap: int
-) -> subprocess.CompletedProcess[str]:
-    words = [str(model), str(output), recipe, str(scratch or "-"), str(cap)]
+def _capped(cap: int, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, PROGRAM, *words],
+        [sys.executable, PROGRAM, str(cap), *map(str, words)],
         capture_output=True,
         text=True,
         # What was freed goes back at once, so that the peak is what was in use.
@@ -219,10 +216,37 @@ def test_a_run_takes_less_than_its_estimate(
         intermediate_size=2048,
         num_attention_heads=8,
     )
-    scratch = tmp_path if on_disk else None
-    done = _capped(model, tmp_path / "out", str(recipe), scratch, 8 << 30)
+    scratch = tmp_path if on_disk else "-"
+    done = _capped(8 << 30, "calibrate", model, tmp_path / "out", recipe, scratch)
     assert not done.returncode, done.stderr
     peak, expected = map(int, done.stdout.split())
+    assert peak < expected < 3 * peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "vocab_bits"), [(None, 16), ("w4a4kv4-g128", 8), ("w4a4kv4", 16)]
+)
+def test_measuring_takes_less_than_its_estimate(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    lowbit_checkpoint: Callable[..., Path],
+    scheme: str | None,
+    vocab_bits: int,
+) -> None:
+    model = tiny_model(
+        tmp_path / "base",
+        tokenizer=True,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+    )
+    if scheme is not None:
+        model = lowbit_checkpoint(tmp_path / "out", model, scheme, vocab_bits)
+    done = _capped(8 << 30, "measure", model, 256)
+    assert not done.returncode, done.stderr
+    peak, expected = map(int, done.stdout.split()[-2:])
     assert peak < expected < 3 * peak
 
 
@@ -241,7 +265,7 @@ def test_a_model_larger_than_the_cap(
     )
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     cap = size * 9 // 10
-    done = _capped(model, tmp_path / "out", "rtn", tmp_path, cap)
+    done = _capped(cap, "calibrate", model, tmp_path / "out", "rtn", tmp_path)
     assert not done.returncode, done.stderr
-    without = _capped(model, tmp_path / "other", "rtn", None, cap // 2)
+    without = _capped(cap // 2, "calibrate", model, tmp_path / "other", "rtn", "-")
     assert without.returncode == OVER
