@@ -9,6 +9,7 @@ import torch
 from ..errors import ConfigError
 from ..schema import LowbitConfig, Provenance
 from .calibration import Announce, Calibration, Progress
+from .denormals import flushed_denormals
 from .learn.snapshot import Snapshot
 from .plan import plan, residual_is_replaced, written_tensors
 from .publish import Report, publish
@@ -25,6 +26,7 @@ def held_out_windows(samples: int) -> int:
     return min(32, max(1, samples // 4))
 
 
+@flushed_denormals()
 def calibrate(
     model: str,
     output: Path,

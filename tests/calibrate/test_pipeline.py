@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vllm_lowbit.calibrate.denormals import flushed_denormals
 from vllm_lowbit.calibrate.perplexity import perplexity
 from vllm_lowbit.calibrate.pipeline import calibrate, choose_device, held_out_windows
 from vllm_lowbit.calibrate.publish import Report
@@ -300,6 +301,24 @@ def test_progress_counts_every_linear(tmp_path: Path) -> None:
     assert [done for done, _, _ in seen] == list(range(43))
     assert {total for _, total, _ in seen} == {42}
     assert seen[0][2] == "model.layers.0.self_attn.q_proj"
+
+
+def test_denormals_are_zero_while_it_runs_and_after_only_if_before(
+    tmp_path: Path,
+) -> None:
+    def product() -> float:
+        return float(torch.tensor(1e-30) * 1e-10)
+
+    seen: list[float] = []
+    recipe = _recipe("rtn", samples=1, seq_len=8)
+    arguments = (str(MODELS / "ref-7m"), tmp_path / "out", recipe, default_text())
+    calibrate(*arguments, "cpu", lambda *_: seen.append(product()))
+    assert set(seen) == {0.0} and product() > 0
+    with flushed_denormals():
+        with pytest.raises(OutputError):
+            calibrate(*arguments, "cpu")
+        assert product() == 0
+    assert product() > 0
 
 
 def _refused(
