@@ -27,7 +27,8 @@ def measure(cell: Cell) -> dict[str, Any]:
     """What methods.json keeps of a cell: perplexities, accuracy, seconds.
 
     Perplexities and BLiMP are the reference model's, in float32; ``served`` is vLLM's
-    perplexity of the first text in the dtype it serves in, eager.
+    perplexity of the first text in the dtype it serves in, eager. Of an ablation there
+    are perplexities only.
     """
     result: dict[str, Any] = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as directory:
@@ -44,23 +45,24 @@ def measure(cell: Cell) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         result["peak_mib"] = round(peak / 1024)
         target = Target.open(model, scheme)
-        result |= _by_reference(target)
+        result |= _by_reference(target, blimp=not cell.overrides)
         if cell.is_served:
             result |= _by_vllm(target, result["perplexity"][MAIN_TEXT])
     return result
 
 
-def _by_reference(target: Target) -> dict[str, Any]:
-    tasks = read_tasks([BLIMP], PAIRS)
-    choices = tokenize_tasks(target, tasks)
-    perplexity = {}
+def _by_reference(target: Target, blimp: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"perplexity": {}}
     with open_scorer(target, SEQ_LEN) as scorer:
         for name, (path, tokens) in TEXTS.items():
             parts = text_windows(target, path, SEQ_LEN, tokens)
             found = text_perplexity(scorer, parts, SEQ_LEN, name)
-            perplexity[name] = round(found.perplexity, 5)
-        answers = score_tasks(scorer, tasks, choices)
-    return {"perplexity": perplexity, "blimp": _short(answers.mean)}
+            result["perplexity"][name] = round(found.perplexity, 5)
+        if blimp:
+            tasks = read_tasks([BLIMP], PAIRS)
+            answers = score_tasks(scorer, tasks, tokenize_tasks(target, tasks))
+            result["blimp"] = _short(answers.mean)
+    return result
 
 
 def _short(score: Score) -> dict[str, float]:

@@ -138,6 +138,7 @@ def _cells(found: Row) -> list[str]:
     for text in TEXTS:
         cells.append(_spread(found.perplexity[text], 2))
         cells.append("" if is_base else _spread(found.gap[text], 4))
+    assert found.accuracy is not None and found.stderr is not None
     accuracy = Spread({s: 100 * v for s, v in found.accuracy.by_seed.items()})
     cells.append(f"{_spread(accuracy, 1)} +- {100 * found.stderr:.1f}")
     cells.append("" if found.seconds is None else f"{found.seconds.mean:.0f}")

@@ -37,7 +37,7 @@ class Row:
         method: its name.
         perplexity: by the name of the text.
         gap: log perplexity over that of the float model, by the name of the text.
-        accuracy: on BLiMP, the mean over paradigms.
+        accuracy: on BLiMP, the mean over paradigms; None for an ablation.
         stderr: of the first seed's accuracy.
         seconds: of calibration, None for a method without.
         served: vLLM's perplexity of the first text, first seed; None if not measured.
@@ -48,8 +48,8 @@ class Row:
     method: str
     perplexity: dict[str, Spread]
     gap: dict[str, Spread]
-    accuracy: Spread
-    stderr: float
+    accuracy: Spread | None
+    stderr: float | None
     seconds: Spread | None
     served: float | None
     apart: float | None
@@ -92,8 +92,8 @@ def row(store: Store, model: str, scheme: str, method: str) -> Row | None:
             text: _gaps(spread, base["perplexity"][text])
             for text, spread in perplexity.items()
         },
-        accuracy=Spread({s: r["blimp"]["accuracy"] for s, r in records.items()}),
-        stderr=first["blimp"]["stderr"],
+        accuracy=_accuracy(records),
+        stderr=first["blimp"]["stderr"] if "blimp" in first else None,
         seconds=Spread(seconds) if seconds else None,
         served=first.get("served"),
         apart=_apart(first, "served"),
@@ -111,6 +111,12 @@ def _records(store: Store, model: str, scheme: str, method: str) -> dict[int, Re
     keys = {seed: f"{model}/{scheme}/{method}/{seed}" for seed in SEEDS}
     found = {seed: store.result(key) for seed, key in keys.items()}
     return {seed: record for seed, record in found.items() if record is not None}
+
+
+def _accuracy(records: dict[int, Record]) -> Spread | None:
+    if not all("blimp" in record for record in records.values()):
+        return None
+    return Spread({s: r["blimp"]["accuracy"] for s, r in records.items()})
 
 
 def _gaps(perplexities: Spread, base: float) -> Spread:

@@ -60,6 +60,9 @@ def fill(methods: Any, store: Any, gaps: dict[str, list[float]], scheme: str) ->
                     more["served"] = perplexity * 1.001
                 key = f"{model}/{scheme}/{method}/{seed}"
                 store.cells[key] = record(perplexity, **more)
+                if ", " in method:
+                    # An ablation.
+                    del store.cells[key]["blimp"]
 
 
 def by_line(methods: Any, store: Any) -> dict[str, Any]:
