@@ -40,31 +40,27 @@ def is_local(model: str) -> bool:
     return prefixed or path.exists() or ("/" in model and path.parent.is_dir())
 
 
-def is_quantized(model: str) -> bool:
-    """Whether a local model's config.json names a quantization of its own."""
-    if not is_local(model):
-        return False
+def local_config(model: str) -> Path:
+    """config.json of a model directory, which has to be there."""
     config = Path(model).expanduser() / "config.json"
     if not config.parent.is_dir():
         raise UsageError(f"model directory {model!r} does not exist")
     if not config.is_file():
         raise UsageError(f"model directory {model!r} has no config.json")
-    try:
-        return "quantization_config" in json.loads(config.read_text())
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{config} is not a JSON object: {error}") from None
+    return config
 
 
-def check_hub(model: str, passed: list[str]) -> None:
-    """Refuse a name that neither the hub nor its cache here has: vLLM takes a minute.
+def hub_config(model: str, passed: list[str]) -> Path | None:
+    """The same of a name on the hub, None where vLLM may find it in other ways.
 
+    Refuses a name that neither the hub nor its cache here has: vLLM takes a minute to.
     HF_HUB_OFFLINE and the like count as for vLLM itself.
     """
     words = [word for option in passed for word in option.split("=", 1)]
     elsewhere = os.environ.get("VLLM_USE_MODELSCOPE") or "--hf-config-path" in words
     # Other stores have a scheme, files of a repository a colon.
-    if is_local(model) or ":" in model or elsewhere:
-        return
+    if ":" in model or elsewhere:
+        return None
     revision = dict(zip(words, words[1:], strict=False)).get("--revision")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -74,9 +70,9 @@ def check_hub(model: str, passed: list[str]) -> None:
     )
 
     try:
-        hf_hub_download(model, "config.json", revision=revision)
+        return Path(hf_hub_download(model, "config.json", revision=revision))
     except RemoteEntryNotFoundError:
-        return  # vLLM reads other files as well
+        return None  # vLLM reads other files as well
     except (HFValidationError, OSError) as error:
         # Of a hub that cannot be reached, or is not to be.
         is_away = isinstance(error, LocalEntryNotFoundError)
@@ -86,6 +82,14 @@ def check_hub(model: str, passed: list[str]) -> None:
             f"model {model!r} is not a directory, and the hub does not give it: "
             f"{reason}"
         ) from None
+
+
+def is_quantized(config: Path) -> bool:
+    """Whether a config.json names a quantization of its own."""
+    try:
+        return "quantization_config" in json.loads(config.read_text())
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{config} is not a JSON object: {error}") from None
 
 
 def check_port(port: int) -> None:
@@ -121,13 +125,16 @@ def extra_environment(passed: list[str]) -> dict[str, str]:
     return {BIND: cpu_ranges(os.sched_getaffinity(0))}
 
 
-def build_command(model: str, port: int, on_cpu: bool, passed: list[str]) -> list[str]:
+def build_command(
+    model: str, config: Path | None, port: int, on_cpu: bool, passed: list[str]
+) -> list[str]:
     vllm = Path(sys.executable).parent / "vllm"
     if not vllm.exists():
         raise UsageError(f"{vllm} is missing; run `make setup` first")
     given = {option.partition("=")[0] for option in passed}
     command = [str(vllm), "serve", model]
-    if not is_quantized(model) and not given & {"-q", "--quantization"}:
+    quantized = config is not None and is_quantized(config)
+    if not quantized and not given & {"-q", "--quantization"}:
         command += ["--quantization", "lowbit"]
     # On CPU vLLM would ask for nearly all of the memory, and fail when it is not free.
     if on_cpu and "--kv-cache-memory-bytes" not in given:
@@ -182,10 +189,11 @@ def main() -> int:
     args, passed = parser.parse_known_args()
     try:
         on_cpu = metadata.version("vllm").endswith("+cpu")
-        command = build_command(args.model, args.port, on_cpu, passed)
         check_port(args.port)
-        if not args.dry_run:
-            check_hub(args.model, passed)
+        model = args.model
+        local = is_local(model)
+        config = local_config(model) if local else hub_config(model, passed)
+        command = build_command(model, config, args.port, on_cpu, passed)
     except metadata.PackageNotFoundError:
         parser.error("vLLM is not installed; run `make setup` first")
     except UsageError as error:

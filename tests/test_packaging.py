@@ -137,7 +137,7 @@ class TestServe:
         assert "--quantization" not in planned(tmp_path)
 
     def test_options_of_the_caller_win(self) -> None:
-        command = planned("org/name", "--quantization=fp8", "--host", "0.0.0.0")
+        command = planned(MODEL, "--quantization=fp8", "--host", "0.0.0.0")
         assert "lowbit" not in command
         assert command.count("--host") == 1
 
@@ -190,26 +190,38 @@ class TestServe:
                 assert reason in last
             hub.shutdown()
 
-    def test_name_that_the_hub_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_name_that_the_hub_has(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         """Is asked for once, by its revision; what is of other stores is not."""
-        check = runpy.run_path(str(SERVE))["check_hub"]
+        look_up = runpy.run_path(str(SERVE))["hub_config"]
         asked: list[tuple[str, ...]] = []
-        monkeypatch.setattr(
-            huggingface_hub,
-            "hf_hub_download",
-            lambda *words, revision: asked.append((*words, revision)),
-        )
-        check("org/name", [])
-        check("org/name", ["--revision=abc", "--seed", "1"])
+
+        def download(*words: str, revision: str) -> str:
+            asked.append((*words, revision))
+            return str(tmp_path / "config.json")
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        assert look_up("org/name", []) == tmp_path / "config.json"
+        look_up("org/name", ["--revision=abc", "--seed", "1"])
         assert asked == [
             ("org/name", "config.json", None),
             ("org/name", "config.json", "abc"),
         ]
-        check(str(MODEL), [])
-        check("s3://bucket/model", [])
-        check("org/name:Q4_K_M", [])
-        check("org/name", ["--hf-config-path", "other"])
+        assert look_up("s3://bucket/model", []) is None
+        assert look_up("org/name:Q4_K_M", []) is None
+        assert look_up("org/name", ["--hf-config-path", "other"]) is None
         assert len(asked) == 2
+
+    @pytest.mark.parametrize("quantized", [True, False])
+    def test_what_the_hub_has_quantized_stays_so(
+        self, tmp_path: Path, quantized: bool
+    ) -> None:
+        build = runpy.run_path(str(SERVE))["build_command"]
+        config = tmp_path / "config.json"
+        config.write_text('{"quantization_config": {}}' if quantized else "{}")
+        command = build("org/name", config, 8000, True, [])
+        assert ("--quantization" in command) != quantized
 
     @pytest.mark.parametrize(
         ("config", "message"),
