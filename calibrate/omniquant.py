@@ -22,6 +22,7 @@ from .block import Block
 from .clips import ratio_of, stored_ratio
 from .layer import LayerModels, Streams, Tensors
 from .quantize import Ranges
+from .recipe_sections import GPTQ_METHODS
 from .recipe_sections import OmniQuant as Settings
 from .record import CalibrationRecord
 from .rotations import Orthogonal
@@ -89,10 +90,14 @@ class OmniQuantOptions:
         let, aug, epochs = recipe.let, recipe.aug, recipe.epochs
         if let is None:
             let = scheme.activations.bits != 16
-        if recipe.extra_weight_bits and not let and clip_ratio is None:
+        extra_bits = recipe.extra_weight_bits
+        if extra_bits is None:
+            alone = scheme.activations.bits == 16 and recipe.rounding in GPTQ_METHODS
+            extra_bits = int(alone and let)
+        if extra_bits and not let and clip_ratio is None:
             bits, given = scheme.activations.bits, json.dumps(recipe.let)
             raise ConfigError(
-                f"omniquant.extra_weight_bits is {recipe.extra_weight_bits}: with let "
+                f"omniquant.extra_weight_bits is {extra_bits}: with let "
                 f"{given} and inputs of {bits} bits only ranges are learned, "
                 "which would not be kept; use let true, or no extra bits"
             )
@@ -107,7 +112,7 @@ class OmniQuantOptions:
             input_clip_rate=recipe.input_clip_rate,
             seed=seed,
             clip_ratio=clip_ratio,
-            extra_bits=recipe.extra_weight_bits,
+            extra_bits=extra_bits,
         )
 
 

@@ -285,8 +285,6 @@ class Recipe(StrictModel):
         else:
             if self.activations.clip != "learned":
                 del data["omniquant"]["input_clip_rate"]
-            if not self.omniquant.extra_weight_bits:
-                del data["omniquant"]["extra_weight_bits"]
         if self.refine.scope == "none":
             del data["refine"]
         elif self.refine.scope == "layer":

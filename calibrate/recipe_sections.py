@@ -181,10 +181,11 @@ class OmniQuant(StrictModel):
     """None: 40 for 2-bit weights, else 20."""
     rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
     """To the learned ranges, at the end; rtn as published."""
-    extra_weight_bits: Annotated[int, Field(ge=0, le=4)] = 0
+    extra_weight_bits: Annotated[int, Field(ge=0, le=4)] | None = None
     """Beyond the scheme's while learning, 8 in all at most: scales are then for what
     GPTQ leaves. The learned ranges are those of the finer grid; weights are rounded to
-    ranges that are searched for, as with the other methods."""
+    ranges that are searched for, as with the other methods. None: 1 for weights alone
+    whose scales are learned, with rounding gptq or gptaq; else 0."""
     batch: Batch = 4
     """Windows of a step."""
     clip_rate: Rate = 1e-2

@@ -288,3 +288,20 @@ def test_a_loss_that_is_not_finite_names_layer_and_step(
     message = r"omniquant\.model\.layers\.0: the loss at step 1 is nan"
     with pytest.raises(CalibrationError, match=message):
         _run(models(), layer_tensors(), "w4a16", streams)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "bits"),
+    [
+        ("w3a16", {"let": True, "rounding": "gptaq"}, 1),
+        ("w3a16", {"let": True, "rounding": "gptaq", "extra_weight_bits": 0}, 0),
+        ("w3a16", {"let": True}, 0),
+        ("w3a16", {"rounding": "gptaq"}, 0),
+        ("w4a4kv4", {"let": True, "rounding": "gptaq"}, 0),
+    ],
+)
+def test_weights_are_finer_where_gptq_rounds_them_alone(
+    scheme: str, settings: dict[str, Any], bits: int
+) -> None:
+    options = OmniQuantOptions.of(Settings(**settings), scheme_from_name(scheme), 0)
+    assert options.extra_bits == bits
