@@ -87,13 +87,14 @@ class OmniQuantOptions:
             ConfigError: when nothing that is learned would be kept.
         """
         two_bits = scheme.weights.bits == 2
+        weights_alone = scheme.activations.bits == 16
         let, aug, epochs = recipe.let, recipe.aug, recipe.epochs
+        alpha, extra_bits = recipe.alpha, recipe.extra_weight_bits
         if let is None:
-            let = scheme.activations.bits != 16
-        extra_bits = recipe.extra_weight_bits
+            let = not weights_alone
         if extra_bits is None:
-            alone = scheme.activations.bits == 16 and recipe.rounding in GPTQ_METHODS
-            extra_bits = int(alone and let)
+            makes_up = recipe.rounding in GPTQ_METHODS
+            extra_bits = int(weights_alone and makes_up and let)
         if extra_bits and not let and clip_ratio is None:
             bits, given = scheme.activations.bits, json.dumps(recipe.let)
             raise ConfigError(
@@ -103,7 +104,7 @@ class OmniQuantOptions:
             )
         return cls(
             let=let,
-            alpha=recipe.alpha,
+            alpha=(0.25 if weights_alone else 0.5) if alpha is None else alpha,
             aug=two_bits if aug is None else aug,
             epochs=epochs or (40 if two_bits else 20),
             batch=recipe.batch,

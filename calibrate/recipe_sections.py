@@ -169,12 +169,13 @@ Batch = Annotated[int, Field(ge=1, le=1 << 12)]
 
 
 class OmniQuant(StrictModel):
-    """Settings of method omniquant; None takes what was published for the scheme."""
+    """Settings of method omniquant; None: by the scheme."""
 
     let: bool | None = None
     """Learn scales beside clipping; None: where activations are quantized."""
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """SmoothQuant's, of the scales that learning starts from."""
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """SmoothQuant's, of the scales that learning starts from; None: 0.5, or for weights
+    alone 0.25, as inputs that keep their sizes need not be made even."""
     aug: bool | None = None
     """Also follow the float block on quantized inputs; None: for 2-bit weights."""
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None

@@ -305,3 +305,14 @@ def test_weights_are_finer_where_gptq_rounds_them_alone(
 ) -> None:
     options = OmniQuantOptions.of(Settings(**settings), scheme_from_name(scheme), 0)
     assert options.extra_bits == bits
+
+
+@pytest.mark.parametrize(
+    ("scheme", "given", "alpha"),
+    [("w3a16", None, 0.25), ("w4a4kv4", None, 0.5), ("w3a16", 0.7, 0.7)],
+)
+def test_alpha_is_smaller_where_inputs_stay_as_they_are(
+    scheme: str, given: float | None, alpha: float
+) -> None:
+    options = OmniQuantOptions.of(Settings(alpha=given), scheme_from_name(scheme), 0)
+    assert options.alpha == alpha
