@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -29,3 +30,9 @@ def benchmark_module() -> Iterator[Callable[[str], ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "benchmarks", importlib.util.module_from_spec(spec))
         yield load
+
+
+@pytest.fixture(scope="module")
+def methods(benchmark_module: Callable[[str], ModuleType]) -> Any:
+    """``methods(name)``: a module of the table's package."""
+    return lambda name: benchmark_module(f"methods.{name}")

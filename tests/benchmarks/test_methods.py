@@ -3,9 +3,7 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,12 +12,6 @@ from vllm_lowbit.calibrate.recipe import built_in_recipes, load_recipe
 from vllm_lowbit.errors import ConfigError
 
 TEXTS = ("WikiText-2", "novel")
-
-
-@pytest.fixture(scope="module")
-def methods(benchmark_module: Callable[[str], ModuleType]) -> Any:
-    """``methods(name)``: a module of the table's package."""
-    return lambda name: benchmark_module(f"methods.{name}")
 
 
 @pytest.fixture

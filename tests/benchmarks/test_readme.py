@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README's tables of gaps say what was measured."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RECIPE = re.compile(r"\**`?([a-z-]+|the flag alone)`?\**")
+
+
+def _tables() -> Iterator[list[list[str]]]:
+    """Cells of every table whose columns are of a reference model."""
+    for part in (ROOT / "README.md").read_text("utf-8").split("\n\n"):
+        lines = part.strip().splitlines()
+        if not all(line.startswith("|") for line in lines):
+            continue
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        if len(rows) > 2 and len(rows[0]) > 1 and rows[0][1].startswith("ref-7m"):
+            yield [rows[0], *rows[2:]]
+
+
+def _columns(header: list[str], main: str) -> list[tuple[str, str]]:
+    """Model and scheme of each; a model stays until another is named."""
+    model, found = "", []
+    for cell in header[1:]:
+        first, _, last = cell.partition(", ")
+        if first.startswith("ref-7m"):
+            model, scheme = first, last or main
+        else:
+            scheme = first
+        found.append((model, scheme))
+    return found
+
+
+def _figure(value: float) -> str:
+    value *= 100
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def test_gaps(methods: Any) -> None:
+    store = methods("store").Store(ROOT / "benchmarks" / "results" / "methods.json")
+    summary, main = methods("summary"), methods("cells").MAIN_SCHEME
+    checked = 0
+    for header, *rows in _tables():
+        columns = _columns(header, main)
+        for name, *cells in rows:
+            match = RECIPE.fullmatch(name)
+            assert match, name
+            method = match[1].replace("the flag alone", "flag")
+            for (model, scheme), cell in zip(columns, cells, strict=True):
+                found = summary.row(store, model, scheme, method)
+                if found is None:
+                    assert not cell, (name, model, scheme)
+                    continue
+                gap = found.mean_gap
+                wanted = _figure(gap.mean)
+                if len(gap.by_seed) > 1:
+                    wanted += f" ({_figure(gap.least)} to {_figure(gap.most)})"
+                assert cell.strip("*") == wanted, (name, model, scheme)
+                checked += 1
+    assert checked > 80
