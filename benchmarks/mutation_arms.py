@@ -5,7 +5,6 @@ As a program it takes an arm, the sound checkpoint and the first mutation, and p
 JSON line for each.
 """
 
-import gc
 import importlib
 import importlib.util
 import json
@@ -176,7 +175,8 @@ class _FirstRequestError(Exception):
 def _generate(directory: Path) -> list[Any]:
     """Tokens and log-probabilities of a few prompts, by an engine of its own."""
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_lowbit.calibrate.offline_engine import release
 
     llm = None
     try:
@@ -207,11 +207,7 @@ def _generate(directory: Path) -> list[Any]:
             for answer in answers
         ]
     finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-            vars(llm).clear()
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        release(llm)
 
 
 def _steps(answer: Any) -> Iterator[tuple[int, Any]]:

@@ -68,7 +68,7 @@ def offline_engine(
             llm = _start(LLM, {**settings, **arguments})
             yield llm
         finally:
-            _release(llm)
+            release(llm)
             torch.set_num_threads = set_num_threads
             torch.set_num_threads(threads)
 
@@ -140,7 +140,7 @@ def _environment(verbose: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _release(llm: Any) -> None:
+def release(llm: Any) -> None:
     """Shut the engine down and free what it holds, also when it did not start."""
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_lowbit.calibrate.offline_engine import release
 from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
 from vllm_lowbit.schema import Scheme, scheme_from_name
 
@@ -202,7 +203,6 @@ def _frozen_heap() -> Iterator[None]:
 @contextlib.contextmanager
 def _engine(multiprocessing: bool = False, **arguments: Any) -> Iterator[Any]:
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = {
         "model": str(MODEL),
@@ -222,12 +222,7 @@ def _engine(multiprocessing: bool = False, **arguments: Any) -> Iterator[Any]:
                 llm = LLM(**{**settings, **arguments})
             yield llm
         finally:
-            if llm is not None:
-                # The caller's variable outlives the block: release what it holds now.
-                llm.llm_engine.engine_core.shutdown()
-                vars(llm).clear()
-            gc.collect()
-            cleanup_dist_env_and_memory()
+            release(llm)
             torch.set_num_threads = set_num_threads  # the CPU worker disables it
             torch.set_num_threads(threads)
 
