@@ -163,17 +163,36 @@ def _ablations(store: Store) -> Iterator[str]:
         for name in (recipe, *(f"{recipe}, {part}" for part in parts)):
             cells = [name.removeprefix(f"{recipe}, ")]
             for model in MODELS:
-                found = row(store, model, MAIN_SCHEME, name)
-                gap = {} if found is None else found.mean_gap.by_seed
-                cells.append(f"{gap[SEEDS[0]]:.4f}" if SEEDS[0] in gap else "-")
+                cells += _first_gaps(row(store, model, MAIN_SCHEME, name))
             body.append(cells)
         if any(set(cells[1:]) != {"-"} for cells in body):
             yield f"## What each part of {recipe} gives"
             yield ""
-            yield f"Gaps on {MAIN_SCHEME}, means of both texts, seed {SEEDS[0]}; every"
-            yield "row changes one thing of the recipe."
+            yield textwrap.fill(
+                f"Gaps on {MAIN_SCHEME}, seed {SEEDS[0]}; every row changes one thing "
+                f"of the recipe. Seeds alone move the mean of {recipe}: "
+                f"{_moved_by_seeds(store, recipe)}.",
+                88,
+            )
             yield ""
-            yield from _table(["", *MODELS], body)
+            heads = [[f"{model}, mean of texts", *TEXTS] for model in MODELS]
+            yield from _table(["", *(name for head in heads for name in head)], body)
+
+
+def _moved_by_seeds(store: Store, recipe: str) -> str:
+    """The least and the most of a recipe's mean gaps, by model."""
+    found = {model: row(store, model, MAIN_SCHEME, recipe) for model in MODELS}
+    spreads = {m: each.mean_gap for m, each in found.items() if each is not None}
+    parts = (f"{m} {s.least:.4f} to {s.most:.4f}" for m, s in spreads.items())
+    return ", ".join(parts) or "not measured"
+
+
+def _first_gaps(found: Row | None) -> list[str]:
+    """Mean and by text, of the first seed; dashes where it was not measured."""
+    if found is None or SEEDS[0] not in found.mean_gap.by_seed:
+        return ["-"] * (1 + len(TEXTS))
+    spreads = [found.mean_gap, *(found.gap[text] for text in TEXTS)]
+    return [f"{spread.by_seed[SEEDS[0]]:.4f}" for spread in spreads]
 
 
 def _conditions(store: Store) -> Iterator[str]:
