@@ -6,8 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RECIPE = re.compile(r"\**`?([a-z-]+|the flag alone)`?\**")
+
+
+@pytest.fixture
+def store(methods: Any) -> Any:
+    """What was measured."""
+    return methods("store").Store(ROOT / "benchmarks" / "results" / "methods.json")
 
 
 def _tables() -> Iterator[list[list[str]]]:
@@ -39,8 +47,7 @@ def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def test_gaps(methods: Any) -> None:
-    store = methods("store").Store(ROOT / "benchmarks" / "results" / "methods.json")
+def test_gaps(methods: Any, store: Any) -> None:
     summary, main = methods("summary"), methods("cells").MAIN_SCHEME
     checked = 0
     for header, *rows in _tables():
@@ -61,3 +68,23 @@ def test_gaps(methods: Any) -> None:
                 assert cell.strip("*") == wanted, (name, model, scheme)
                 checked += 1
     assert checked > 80
+
+
+def test_text_around_them(methods: Any, store: Any) -> None:
+    main = methods("cells").MAIN_SCHEME
+
+    def gaps(method: str) -> list[str]:
+        found = methods("summary").row(store, "ref-7m", main, method)
+        return [_figure(found.gap[text].mean) for text in ("WikiText-2", "novel")]
+
+    spin, ost = gaps("spinquant"), gaps("ostquant")
+    same_loss = gaps("ostquant, loss cross-entropy")
+    served = methods("verdicts")._served(store).values.values()
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    for claim in (
+        f"adapts the model to it ({spin[0]} on its test text, `ostquant` {ost[0]})",
+        f"(the novel: {spin[1]}, `ostquant` {ost[1]})",
+        f"With that loss `ostquant` has {same_loss[0]} and {same_loss[1]}, seed 0.",
+        f"vLLM in bfloat16 is at most {max(served):.2f}% from the reference",
+    ):
+        assert claim in text
