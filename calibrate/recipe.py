@@ -282,9 +282,8 @@ class Recipe(StrictModel):
             del data["weights"]["correction"]
         if method != "omniquant":
             del data["omniquant"]
-        else:
-            if self.activations.clip != "learned":
-                del data["omniquant"]["input_clip_rate"]
+        elif self.activations.clip != "learned":
+            del data["omniquant"]["input_clip_rate"]
         if self.refine.scope == "none":
             del data["refine"]
         elif self.refine.scope == "layer":
