@@ -71,20 +71,28 @@ def test_gaps(methods: Any, store: Any) -> None:
 
 
 def test_text_around_them(methods: Any, store: Any) -> None:
-    main = methods("cells").MAIN_SCHEME
+    main, models = methods("cells").MAIN_SCHEME, methods("cells").MODELS
 
     def gaps(method: str) -> list[str]:
         found = methods("summary").row(store, "ref-7m", main, method)
         return [_figure(found.gap[text].mean) for text in ("WikiText-2", "novel")]
 
+    def first_seed(method: str) -> list[str]:
+        found = (methods("summary").row(store, model, main, method) for model in models)
+        return [_figure(row.mean_gap.by_seed[0]) for row in found]
+
     spin, ost = gaps("spinquant"), gaps("ostquant")
     same_loss = gaps("ostquant, loss cross-entropy")
+    _, unscaled = first_seed("ostquant, without scales")
+    best, clipped = map(first_seed, ("lowbit-best", "lowbit-best, input clips learned"))
     served = methods("verdicts")._served(store).values.values()
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
     for claim in (
         f"adapts the model to it ({spin[0]} on its test text, `ostquant` {ost[0]})",
         f"(the novel: {spin[1]}, `ostquant` {ost[1]})",
         f"With that loss `ostquant` has {same_loss[0]} and {same_loss[1]}, seed 0.",
+        f"Without its scales it has {unscaled} on ref-7m-outliers",
+        f"gaps of {clipped[0]} and {clipped[1]} instead of {best[0]} and {best[1]}",
         f"vLLM in bfloat16 is at most {max(served):.2f}% from the reference",
     ):
         assert claim in text
