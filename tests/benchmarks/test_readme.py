@@ -83,7 +83,12 @@ def test_text_around_them(methods: Any, store: Any) -> None:
 
     spin, ost = gaps("spinquant"), gaps("ostquant")
     same_loss = gaps("ostquant, loss cross-entropy")
+    _, scaled = first_seed("ostquant")
     _, unscaled = first_seed("ostquant, without scales")
+    rotated = [
+        methods("summary").row(store, "ref-7m", main, method).mean_gap.mean
+        for method in ("quarot-gptq", "spinquant", "ostquant", "lowbit")
+    ]
     best, clipped = map(first_seed, ("lowbit-best", "lowbit-best, input clips learned"))
     served = methods("verdicts")._served(store).values.values()
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
@@ -91,7 +96,8 @@ def test_text_around_them(methods: Any, store: Any) -> None:
         f"adapts the model to it ({spin[0]} on its test text, `ostquant` {ost[0]})",
         f"(the novel: {spin[1]}, `ostquant` {ost[1]})",
         f"With that loss `ostquant` has {same_loss[0]} and {same_loss[1]}, seed 0.",
-        f"Without its scales it has {unscaled} on ref-7m-outliers",
+        f"without scales it has {unscaled} on ref-7m-outliers instead of {scaled}",
+        f"lie between {_figure(min(rotated))} and {_figure(max(rotated))}",
         f"gaps of {clipped[0]} and {clipped[1]} instead of {best[0]} and {best[1]}",
         f"vLLM in bfloat16 is at most {max(served):.2f}% from the reference",
     ):
