@@ -6,8 +6,7 @@ sequence at a time. The served model is tested against it; perplexities "by the
 reference" come from it.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,11 +191,15 @@ class ReferenceModel:
         norm = self.own.output_norms.get(block)
         return x if norm is None else self._normed(x, prefix + norm)
 
+    def _routed(
+        self, h: torch.Tensor, prefix: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and indices of the experts of every token."""
+        router = self.tensors[f"{prefix}{ROUTER}.weight"]
+        return route(self._round(functional.linear(h, router)), self.shape)
+
     def _mixture(self, h: torch.Tensor, prefix: str) -> torch.Tensor:
-        logits = self._round(
-            functional.linear(h, self.tensors[f"{prefix}{ROUTER}.weight"])
-        )
-        weights, chosen = route(logits, self.shape)
+        weights, chosen = self._routed(h, prefix)
         out = h.new_empty(*chosen.shape, h.shape[1])
         for expert, mlp in enumerate(self.shape.mlps()):
             token, choice = (chosen == expert).nonzero(as_tuple=True)
@@ -283,17 +286,24 @@ class ReferenceModel:
         if self.rotary is not None:
             cos, sin = self._cos_sin(self.rotary, layer, lengths)
             q, k = (self._rope(t, cos, sin) for t in (q, k))
-        attend: Callable[..., torch.Tensor] = _attend
-        if self.config is not None and self.config.scheme.kv_cache.bits == 4:
-            rotate = self.config.rotations.k is not None
-            attend = functools.partial(_attend_through_cache, rotate=rotate)
         of_scores = Scores(
             shape.attention_scale, shape.window_of(layer), shape.attention_cap
         )
-        sequences = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
-        attended = torch.cat([attend(*each, of_scores) for each in sequences])
+        sequences = zip(
+            q.split(lengths), k.split(lengths), v.split(lengths), strict=True
+        )
+        attended = torch.cat([self._attend(*each, of_scores) for each in sequences])
         out = self._run(prefix + "self_attn.o_proj", self._round(attended.flatten(1)))
         return self._output_norm(out, prefix, "self_attn")
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_scores: "Scores"
+    ) -> torch.Tensor:
+        """Attention of one sequence: ``[tokens, heads, head_dim]``."""
+        if self.config is None or self.config.scheme.kv_cache.bits == 16:
+            return _attend(q, k, v, of_scores)
+        rotate = self.config.rotations.k is not None
+        return _attend_through_cache(q, k, v, of_scores, rotate)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,20 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_lowbit.architecture import ROUTER
 from vllm_lowbit.calibrate.offline_engine import release
-from vllm_lowbit.calibrate.reference_model import ReferenceModel, load_time_config
+from vllm_lowbit.calibrate.reference_model import (
+    ReferenceModel,
+    Scores,
+    load_time_config,
+)
 from vllm_lowbit.schema import Scheme, scheme_from_name
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "ref-7m"
 RESULTS = ROOT / "benchmarks" / "results"
+# Of the pages that vLLM's attention reads.
+BLOCK_SIZE = 32
 PACKAGES = ("torch", "vllm", "vllm-lowbit")
 PROMPTS = [
     "The old house stood at the end of the lane, and",
@@ -89,7 +96,8 @@ def prompts() -> list[str]:
 
 
 class _ServedReference(ReferenceModel):
-    """The reference with vLLM's own norm, activation and RoPE in between.
+    """The reference with vLLM's own norm, activation, RoPE, router and attention over
+    a 16-bit cache in between.
 
     They are not ours, and a last bit of theirs can flip a code.
     """
@@ -146,6 +154,25 @@ class _ServedReference(ReferenceModel):
         tanh = SimpleNamespace(approximate="tanh")
         return GeluAndMul.forward_native(tanh, gate_up).float()
 
+    def _routed(
+        self, h: torch.Tensor, prefix: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from vllm.model_executor.layers.fused_moe.router.cpu_router import (
+            select_experts,
+        )
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        router = self.tensors[f"{prefix}{ROUTER}.weight"].to(self.dtype)
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(router, requires_grad=False)
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        h = h.to(self.dtype)
+        logits = layer.cpu_linear(h, layer.weight, None)
+        weights, chosen = select_experts(
+            h, logits, self.shape.experts_per_token, False, self.shape.renormalize
+        )
+        return weights, chosen.long()
+
     def _rope(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
@@ -159,6 +186,57 @@ class _ServedReference(ReferenceModel):
             positions, rotated, rotated.clone(), x.shape[-1], table, True
         )
         return rotated.view_as(x).float()
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_scores: Scores
+    ) -> torch.Tensor:
+        from vllm import _custom_ops as ops
+        from vllm import envs
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        if self.config.scheme.kv_cache.bits == 4:
+            return super()._attend(q, k, v, of_scores)
+        q, k, v = (t.to(self.dtype).contiguous() for t in (q, k, v))
+        (tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+        isa = _get_attn_isa(self.dtype, BLOCK_SIZE, head_dim)
+        blocks = -(-tokens // BLOCK_SIZE)
+        pages = q.new_zeros(blocks, num_kv_heads, 2 * BLOCK_SIZE, head_dim)
+        key_cache, value_cache = pages.chunk(2, dim=2)
+        slots = torch.arange(tokens)
+        ops.cpu_attn_reshape_and_cache(k, v, key_cache, value_cache, slots, isa)
+        starts = torch.tensor([0, tokens], dtype=torch.int32)
+        window = -1 if of_scores.window is None else of_scores.window
+        scheduled = ops.cpu_attn_get_scheduler_metadata(
+            1,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            starts[1:],
+            self.dtype,
+            starts,
+            True,
+            window,
+            isa,
+            envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+        out = torch.empty_like(q)
+        ops.cpu_attention_with_kv_cache(
+            q,
+            key_cache,
+            value_cache,
+            out,
+            starts,
+            starts[1:],
+            of_scores.scale,
+            True,
+            None,
+            window,
+            torch.arange(blocks, dtype=torch.int32).unsqueeze(0),
+            of_scores.cap or 0,
+            scheduled,
+            None,
+        )
+        return out.float()
 
 
 @pytest.fixture(scope="session")
