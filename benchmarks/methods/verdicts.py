@@ -52,7 +52,7 @@ def verdicts(store: Store) -> list[Verdict]:
     return [
         *_learned(store),
         *_weight_only(store),
-        _served(store),
+        served_apart(store),
         _quick(store),
         _no_overlap(),
         _complete(store),
@@ -138,7 +138,8 @@ def _have_all_seeds(*rows: Row) -> bool:
     return all(len(each.mean_gap.by_seed) == seeds for each in rows)
 
 
-def _served(store: Store) -> Verdict:
+def served_apart(store: Store) -> Verdict:
+    """How far vLLM's perplexity is from the calibrator's, for every scheme."""
     values: dict[str, float | None] = {}
     for scheme, (methods, _) in {FLOAT: ((FLOAT,), 1), **SCHEMES}.items():
         for model in MODELS:

@@ -90,7 +90,7 @@ def test_text_around_them(methods: Any, store: Any) -> None:
         for method in ("quarot-gptq", "spinquant", "ostquant", "lowbit")
     ]
     best, clipped = map(first_seed, ("lowbit-best", "lowbit-best, input clips learned"))
-    served = methods("verdicts")._served(store).values.values()
+    served = methods("verdicts").served_apart(store).values.values()
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
     for claim in (
         f"adapts the model to it ({spin[0]} on its test text, `ostquant` {ost[0]})",
