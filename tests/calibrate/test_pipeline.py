@@ -62,7 +62,7 @@ def _check_served_as_calibrated(out: Path, recipe: Recipe, report: Report) -> No
     assert served.tokens == report.held_out_tokens
     # Last bits of the float GEMMs flip codes; the loss stays.
     assert math.log(served.perplexity) == pytest.approx(
-        report.held_out.quantized, abs=0.03
+        report.held_out.quantized, abs=0.05
     )
 
 
