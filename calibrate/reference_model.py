@@ -50,6 +50,15 @@ def load_time_config(model: str, scheme: Scheme) -> LowbitConfig:
     )
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How attention's scores are made: a factor, a window, and a soft cap."""
+
+    scale: float
+    window: int | None
+    cap: float | None
+
+
 class ReferenceModel:
     """Forward over one sequence, or several side by side.
 
@@ -297,28 +306,19 @@ class ReferenceModel:
         return self._output_norm(out, prefix, "self_attn")
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_scores: "Scores"
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_scores: Scores
     ) -> torch.Tensor:
         """Attention of one sequence: ``[tokens, heads, head_dim]``."""
         if self.config is None or self.config.scheme.kv_cache.bits == 16:
-            return _attend(q, k, v, of_scores)
+            return _attend_in_float64(q, k, v, of_scores)
         rotate = self.config.rotations.k is not None
         return _attend_through_cache(q, k, v, of_scores, rotate)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How attention's scores are made: a factor, a window, and a soft cap."""
-
-    scale: float
-    window: int | None
-    cap: float | None
-
-
-def _attend(
+def _attend_in_float64(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_scores: Scores
 ) -> torch.Tensor:
-    """Causal attention of one sequence, in float64: ``[tokens, heads, head_dim]``."""
+    """Causal attention of one sequence: ``[tokens, heads, head_dim]``."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1).double() for t in (k, v))
     scores = torch.einsum("qhd,thd->hqt", q.double(), k) * of_scores.scale
