@@ -29,6 +29,8 @@ MODEL = ROOT / "models" / "ref-7m"
 RESULTS = ROOT / "benchmarks" / "results"
 # Of the pages that vLLM's attention reads.
 BLOCK_SIZE = 32
+# Of its largest output in float32: its exponentials are approximations.
+ATTENTION_EPS = 1e-4
 PACKAGES = ("torch", "vllm", "vllm-lowbit")
 PROMPTS = [
     "The old house stood at the end of the lane, and",
@@ -99,7 +101,8 @@ class _ServedReference(ReferenceModel):
     """The reference with vLLM's own norm, activation, RoPE, router and attention over
     a 16-bit cache in between.
 
-    They are not ours, and a last bit of theirs can flip a code.
+    They are not ours, and a last bit of theirs can flip a code. Router and attention
+    are close to the reference's own, or a test that uses this fails.
     """
 
     def _add_norm(
@@ -166,12 +169,17 @@ class _ServedReference(ReferenceModel):
         layer = torch.nn.Module()
         layer.weight = torch.nn.Parameter(router, requires_grad=False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-        h = h.to(self.dtype)
-        logits = layer.cpu_linear(h, layer.weight, None)
+        logits = layer.cpu_linear(h.to(self.dtype), layer.weight, None)
         weights, chosen = select_experts(
             h, logits, self.shape.experts_per_token, False, self.shape.renormalize
         )
-        return weights, chosen.long()
+        chosen = chosen.long()
+        shares, own = (
+            torch.zeros_like(logits).scatter(-1, indices, of_choice.to(self.dtype))
+            for of_choice, indices in ((weights, chosen), super()._routed(h, prefix))
+        )
+        torch.testing.assert_close(shares, own)
+        return weights, chosen
 
     def _rope(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -194,8 +202,9 @@ class _ServedReference(ReferenceModel):
         from vllm import envs
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+        own = super()._attend(q, k, v, of_scores)
         if self.config.scheme.kv_cache.bits == 4:
-            return super()._attend(q, k, v, of_scores)
+            return own
         q, k, v = (t.to(self.dtype).contiguous() for t in (q, k, v))
         (tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
         isa = _get_attn_isa(self.dtype, BLOCK_SIZE, head_dim)
@@ -207,36 +216,38 @@ class _ServedReference(ReferenceModel):
         starts = torch.tensor([0, tokens], dtype=torch.int32)
         window = -1 if of_scores.window is None else of_scores.window
         scheduled = ops.cpu_attn_get_scheduler_metadata(
-            1,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            starts[1:],
-            self.dtype,
-            starts,
-            True,
-            window,
-            isa,
-            envs.VLLM_CPU_ATTN_SPLIT_KV,
+            num_reqs=1,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            seq_lens=starts[1:],
+            dtype=self.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=window,
+            isa=isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
         )
         out = torch.empty_like(q)
         ops.cpu_attention_with_kv_cache(
-            q,
-            key_cache,
-            value_cache,
-            out,
-            starts,
-            starts[1:],
-            of_scores.scale,
-            True,
-            None,
-            window,
-            torch.arange(blocks, dtype=torch.int32).unsqueeze(0),
-            of_scores.cap or 0,
-            scheduled,
-            None,
+            query=q,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=out,
+            query_start_loc=starts,
+            seq_lens=starts[1:],
+            scale=of_scores.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=window,
+            block_table=torch.arange(blocks, dtype=torch.int32).unsqueeze(0),
+            softcap=of_scores.cap or 0,
+            scheduler_metadata=scheduled,
+            s_aux=None,
         )
-        return out.float()
+        out = out.float()
+        assert (out - own).abs().max() < ATTENTION_EPS * own.abs().max()
+        return out
 
 
 @pytest.fixture(scope="session")
