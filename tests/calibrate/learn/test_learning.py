@@ -258,7 +258,7 @@ def test_clip_ratios_learn_alone(tmp_path: Path) -> None:
     assert fmean(losses[8:]) < 0.7 * losses[0]
     ratios = [ratio for layer in learned.clip_ratios for ratio in layer.values()]
     assert len(ratios) == 6 * 4
-    # Inputs whose few large values do not matter may stay clipped.
+    # Not every one: where a ratio ends differs between CPUs.
     assert sum(ratio > 0.65 for ratio in ratios) >= 21 and fmean(ratios) > 0.7
 
 
